@@ -1,0 +1,129 @@
+"""A module imports only from rows above its own (docs/design.md); the packages of each chapter stay in it."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "cauc_dist"
+LAYERS = [
+    ["__init__", "errors"],
+    ["config"],
+    [
+        "recipes",
+        "world",
+        "kernels",
+        "augment",
+        "store.layout",
+        "stream.plan",
+        "encoders",
+        "journal",
+        "provenance",
+        "progress",
+    ],
+    ["gather", "losses", "store.ingest", "store.reader", "report", "elastic"],
+    ["stream.loader", "objective", "engine", "checkpoint", "prepare", "phantoms"],
+    ["train"],
+    ["probe"],
+    ["demo"],
+    ["cli"],
+    ["__main__"],
+]
+# Which module alone may import a package, by the first word of the import.
+OWNERS = {
+    "deepspeed": {"engine"},
+    "mpi4py": {"world"},
+    "zarr": {"store.ingest", "store.reader"},
+    "numcodecs": {"store.ingest", "store.reader"},
+    "nibabel": {"store.ingest", "phantoms"},
+    "sklearn": {"probe"},
+    "matplotlib": {"report"},
+    "tyro": {"cli"},
+    "rich": {"progress"},
+    "safetensors": {"checkpoint"},
+}
+NO_TORCH = {
+    "__init__",
+    "errors",
+    "config",
+    "recipes",
+    "stream.plan",
+    "store.layout",
+    "journal",
+    "provenance",
+    "progress",
+    "report",
+    "cli",
+}
+
+
+def name_of(path: Path) -> str:
+    """`store.reader`, `losses` (a package is one module unless LAYERS names its parts), `cli`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    full = ".".join(p for p in parts if p != "__init__") or "__init__"
+    known = {m for row in LAYERS for m in row}
+    return full if full in known else parts[0]
+
+
+def imports(path: Path) -> Iterator[tuple[str, str, bool]]:
+    """(package, dotted rest, whether at module level) of every import in a file, those in functions too."""
+    tree = ast.parse(path.read_text())
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            package, _, rest = node.module.partition(".")
+            for alias in node.names:
+                yield package, ".".join(filter(None, [rest, alias.name])), id(node) in top
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name.partition(".")[0], alias.name.partition(".")[2], id(node) in top
+
+
+def target(rest: str) -> str:
+    """The module of LAYERS that `cauc_dist.<rest>` names; `from cauc_dist import __version__` is the package itself."""
+    known = {m for row in LAYERS for m in row}
+    words = rest.split(".")
+    found = [m for m in (".".join(words[:i]) for i in range(len(words), 0, -1)) if m in known]
+    return found[0] if found else "__init__"
+
+
+def violations(root: Path) -> list[str]:
+    level = {m: i for i, row in enumerate(LAYERS) for m in row}
+    wrong = []
+    for path in sorted(root.rglob("*.py")):
+        me = name_of(path)
+        if path.name == "__init__.py" and me in ("store", "stream"):
+            continue
+        if me not in level:
+            wrong.append(f"{me} has no layer")
+            continue
+        for package, rest, top in imports(path):
+            if package == "cauc_dist" and target(rest) != me and level[target(rest)] >= level[me]:
+                wrong.append(f"{me} imports {target(rest)}")
+            if package in OWNERS and me not in OWNERS[package]:
+                wrong.append(f"{me} imports {package}")
+            if package == "torch" and top and me in NO_TORCH:
+                wrong.append(f"{me} imports torch at module level")
+    return wrong
+
+
+def test_every_module_imports_only_from_layers_above_its_own() -> None:
+    assert violations(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("from cauc_dist.train import train", "config imports train"),
+        ("import deepspeed", "config imports deepspeed"),
+        ("def f():\n    from cauc_dist.cli import main", "config imports cli"),
+        ("import torch", "config imports torch at module level"),
+    ],
+)
+def test_the_layer_test_catches_an_upward_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, complaint: str
+) -> None:
+    (tmp_path / "config.py").write_text(line + "\n")
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    assert violations(tmp_path) == [complaint]
