@@ -1,0 +1,29 @@
+"""One thread in every process of the tests (more than the cores only fight), and a small cohort that they share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 synthetic heads of 16^3 as a BIDS folder."""
+    from cauc_dist.phantoms import write_cohort
+
+    folder = tmp_path_factory.mktemp("cohort") / "bids"
+    write_cohort(folder, n=24, size=16, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store(cohort: Path) -> Path:
+    """The cohort, ingested: a Zarr store that tests read and never change."""
+    from cauc_dist.store.ingest import ingest
+
+    path = cohort.parent / "store.zarr"
+    ingest(cohort, path, shape=None)
+    return path
