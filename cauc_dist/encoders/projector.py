@@ -1,0 +1,40 @@
+"""What follows the encoder in training: the projector, and the unit sphere.
+
+B  samples     H  width of h     D  width of the embedding z
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cauc_dist.encoders.pool import at_least_fp32
+
+
+class Projector(nn.Module):
+    """h (B, width_in) -> (B, out): linear, ReLU, linear, biases start at 0 (arXiv 2106.08808 has 512 and 128)."""
+
+    def __init__(self, width_in: int, hidden: int, out: int) -> None:
+        super().__init__()
+        first, last = nn.Linear(width_in, hidden), nn.Linear(hidden, out)
+        nn.init.zeros_(first.bias)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(first, nn.ReLU(inplace=True), last)
+
+    def forward(self, h: Tensor) -> Tensor:
+        z: Tensor = self.layers(h)
+        return z
+
+
+class Model(nn.Module):
+    """x (B, c, *spatial) -> z (B, D), rows of unit length, fp32: what DeepSpeed trains.
+
+    Length and division are taken in fp32 even under bf16 autocast. A row of zeros stays zero. `normalise=False` leaves
+    the rows as long as they are, for losses that compare distances off the sphere (Rank-N-Contrast, arXiv 2210.01189).
+    """
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, normalise: bool = True) -> None:
+        super().__init__()
+        self.encoder, self.projector, self.normalise = encoder, projector, normalise
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = at_least_fp32(self.projector(self.encoder(x)))
+        return F.normalize(z, dim=1) if self.normalise else z
