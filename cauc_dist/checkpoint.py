@@ -1,0 +1,114 @@
+"""A checkpoint is whole or absent: one folder, checked by sha256, independent of world size and ZeRO stage.
+
+    RUN/checkpoints/step-00000120/state.safetensors    parameters, buffers, optimiser moments, full fp32 tensors
+                                 /checkpoint.json      step, architecture, store fingerprint, sha256 of the former
+
+The tensors are the FULL ones (gathered from ZeRO's partitions), so that any number of ranks can go on from them, and
+there is no pickle in it. No metadata and no subject ids either.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cauc_dist.errors import BadInput
+
+FOLDER, STATE, CARD = "checkpoints", "state.safetensors", "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A verified checkpoint: `tensors` by name (CPU), `card` what is written beside them."""
+
+    path: Path
+    step: int
+    tensors: dict[str, Tensor]
+    card: dict[str, Any]
+
+
+def save(run: Path, step: int, tensors: Mapping[str, Tensor], card: Mapping[str, Any], *, keep: int) -> Path:
+    """Write the checkpoint of `step` (number of steps done) atomically, then drop all but the newest `keep`.
+
+    Files are written into a temporary folder, fsynced, and the folder renamed: kill -9 at any moment leaves the
+    previous checkpoint, or this one whole.
+    """
+    target = run / FOLDER / f"step-{step:08d}"
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / STATE)
+    _sync(temporary / STATE)
+    text = json.dumps({"step": step, "sha256": _sha256(temporary / STATE), **card}, indent=1)
+    with (temporary / CARD).open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.replace(target)
+    _sync(target.parent)
+    for old in _found(run)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def latest(run: Path, architecture: Mapping[str, Any] | None = None) -> tuple[Saved | None, list[str]]:
+    """The newest checkpoint that verifies, and one line for each newer one that did not; (None, lines) without any.
+
+    Raises BadInput where it holds another architecture than the one given.
+    """
+    broken: list[str] = []
+    for path in _found(run):
+        try:
+            saved = _load(path)
+        except (OSError, ValueError, KeyError) as error:
+            broken.append(f"checkpoint {path.name} is damaged ({error}); going back to the one before")
+            continue
+        if architecture is not None and saved.card["architecture"] != dict(architecture):
+            raise BadInput(
+                f"{path} holds the architecture {json.dumps(saved.card['architecture'])}",
+                wanted=json.dumps(dict(architecture)),
+                do="use the recipe that made it (the run's config.json), or another run folder",
+            )
+        return saved, broken
+    return None, broken
+
+
+def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Parameters and buffers of a bare module from the tensors of a checkpoint; every name must be there."""
+    state = {name.split("/", 1)[1]: t for name, t in tensors.items() if name.startswith(("parameter/", "buffer/"))}
+    module.load_state_dict(state)
+
+
+def _load(path: Path) -> Saved:
+    card = json.loads((path / CARD).read_text(encoding="utf-8"))
+    found = _sha256(path / STATE)
+    if found != card["sha256"]:
+        raise ValueError(f"sha256 of {STATE} is {found[:12]}, its card says {card['sha256'][:12]}")
+    return Saved(path, int(card["step"]), load_file(path / STATE), card)
+
+
+def _found(run: Path) -> list[Path]:
+    """Complete checkpoint folders, newest first; a temporary one begins with a dot and is none."""
+    return sorted((run / FOLDER).glob("step-*"), reverse=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,60 @@
+"""The record of a run: one JSON object a line, one line an event, appended by rank 0."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+FILE = "journal.jsonl"
+
+
+class Journal:
+    """Appends events to RUN/journal.jsonl. A line is written whole and flushed: a killed run loses at most one.
+
+    A resumed run appends; where a step occurs twice (the run died after its last checkpoint) the later line holds.
+    """
+
+    def __init__(self, run: Path, *, quiet: bool = False) -> None:
+        self._file: TextIO | None = None if quiet else (run / FILE).open("a", encoding="utf-8")
+
+    def write(self, event: str, **fields: Any) -> None:
+        """One event with the wall time in seconds; non-finite numbers are written as null, as JSON has none."""
+        if self._file is None:
+            return
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **_finite(fields)}, allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _finite(fields: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """All events of a run in order, a torn last line left out; of a step seen twice the later event."""
+    events = list(_lines(run / FILE))
+    last = {event["step"]: i for i, event in enumerate(events) if event["event"] == "step"}
+    return [e for i, e in enumerate(events) if e["event"] != "step" or last[e["step"]] == i]
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
