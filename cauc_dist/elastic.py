@@ -1,0 +1,76 @@
+"""Several ranks on this machine, through torch's elastic agent."""
+
+import os
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+
+def start(ranks: int, *arguments: str, threads: int = 0) -> int:
+    """Run `python -m cauc_dist.train ARGUMENTS` on `ranks` local processes; the exit code of the first to fail, or 0.
+
+    The agent ends all ranks when one of them dies, and passes SIGTERM and SIGINT on. `threads` a rank; 0: the cores
+    are shared out.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    with _environment(threads or max(1, len(os.sched_getaffinity(0)) // ranks)):
+        try:
+            elastic_launch(config, sys.executable)("-m", "cauc_dist.train", *arguments)
+        except ChildFailedError as error:
+            return _exit_code(error)
+    return 0
+
+
+def _exit_code(error: "ChildFailedError") -> int:
+    """The code of the rank that brought the others down; 128 + signal where a signal ended it, as a shell would say.
+
+    A rank that a signal ended takes its peers with it: they fail a moment later, on their closed sockets.
+    """
+    rank, first = min(error.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
+    code = first.exitcode
+    if code > 0:
+        return code
+    print(f"rank {rank} was ended by signal {-code}; the other ranks were stopped", file=sys.stderr)
+    return 128 - code
+
+
+@contextmanager
+def _environment(threads: int) -> Iterator[None]:
+    """Variables that the ranks inherit: threads, the loopback (the run stays on this machine), and malloc's habits.
+
+    By default glibc maps and unmaps every activation anew and the kernel zeroes its pages each time: a third of the
+    time of a step on CPUs (docs/log.md, 2026-11-24). What the user has set stays.
+    """
+    from cauc_dist.world import loopback_interface
+
+    wanted = {
+        "OMP_NUM_THREADS": str(threads),
+        "GLOO_SOCKET_IFNAME": loopback_interface(),
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    }
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]

@@ -1,0 +1,92 @@
+"""From the objective's settings to a loss of (z, y), with the geometry that is watched beside it."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from cauc_dist import kernels, losses
+from cauc_dist.config import Objective as Settings
+from cauc_dist.errors import BadInput
+
+NEEDS_KERNEL = ("y_aware", "cauc", "supcon", "threshold", "expw", "rank_n_contrast")
+
+
+class Objective:
+    """loss(z_all, y_all) of the settings; the kernel is fitted to the training metadata.
+
+    `y_train` (N, k) float, NaN = missing, its columns those of `settings.columns`.
+    """
+
+    def __init__(self, settings: Settings, y_train: Tensor) -> None:
+        if settings.name in NEEDS_KERNEL and not settings.kernel:
+            raise BadInput(
+                f"objective {settings.name} without a kernel",
+                wanted="at least one metadata column",
+                do="add e.g. --objective.kernel age:gaussian:5",
+            )
+        self._settings = settings
+        self._k = len(settings.kernel)
+        self._kernel = None
+        if settings.kernel:
+            self._kernel = kernels.parse(settings.kernel, settings.combine).fit(y_train[:, : self._k])
+
+    def loss(self, z: Tensor, y: Tensor) -> Tensor:
+        """z (V, n, D), y (n, k) of the whole global batch -> scalar."""
+        return _LOSSES[self._settings.name](self, z, y)
+
+    @torch.no_grad()
+    def geometry(self, z: Tensor, y: Tensor) -> Mapping[str, Tensor]:
+        """Alignment and uniformity of a batch, and their conditional forms where there is a kernel; 0-d tensors."""
+        s = self._settings
+        z = torch.nn.functional.normalize(z.float(), dim=-1)
+        terms = {
+            "alignment": losses.conditional_alignment(z, self._subject(z), _SAME, s.alpha),
+            "uniformity": losses.uniformity(z, s.t),
+        }
+        if self._kernel is not None:
+            y = y[:, : self._k]
+            terms["conditional_alignment"] = losses.conditional_alignment(z, y, self._kernel, s.alpha)
+            terms["conditional_uniformity"] = losses.conditional_uniformity(z, y, self._kernel, s.t)
+        return terms
+
+    @staticmethod
+    def _subject(z: Tensor) -> Tensor:
+        """Each subject's own number as its metadata: conditional alignment is then Wang & Isola's alignment."""
+        return torch.arange(z.shape[1], dtype=z.dtype, device=z.device)[:, None]
+
+    def _cauc(self, z: Tensor, y: Tensor) -> Tensor:
+        s = self._settings
+        return losses.cauc(
+            z,
+            y[:, : self._k],
+            self._kernel_,
+            t=s.t,
+            alpha=s.alpha,
+            lambda_align=s.lambda_align,
+            lambda_unif=s.lambda_unif,
+            views=s.views,
+            within=None if s.within is None else y[:, -1],
+        )
+
+    @property
+    def _kernel_(self) -> kernels.Kernel:
+        assert self._kernel is not None  # __init__ refused the settings that lack one
+        return self._kernel
+
+
+_SAME = kernels.product(subject=kernels.delta())
+_Loss = Callable[[Objective, Tensor, Tensor], Tensor]
+_LOSSES: dict[str, _Loss] = {
+    "simclr": lambda o, z, y: losses.ntxent(z, o._settings.tau),
+    "align_uniform": lambda o, z, y: losses.align_uniform(z, o._settings.alpha, o._settings.t),
+    "decoupled_uniformity": lambda o, z, y: losses.decoupled_uniformity(z, y[:, : o._k], o._kernel, o._settings.t),
+    "supcon": lambda o, z, y: losses.supcon(z, y[:, 0], o._settings.tau),
+    "y_aware": lambda o, z, y: losses.y_aware_infonce(
+        z, y[:, : o._k], o._kernel_, o._settings.tau, o._settings.normalise
+    ),
+    "cauc": Objective._cauc,
+    "threshold": lambda o, z, y: losses.threshold(z, y[:, : o._k], o._kernel_, o._settings.tau),
+    "expw": lambda o, z, y: losses.expw(z, y[:, : o._k], o._kernel_, o._settings.tau),
+    "rank_n_contrast": lambda o, z, y: losses.rank_n_contrast(z, y[:, : o._k], o._settings.tau),
+}

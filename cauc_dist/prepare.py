@@ -1,0 +1,80 @@
+"""A run folder, checked and written before any rank starts: what is wrong is said once, and nothing is left behind."""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from cauc_dist import config
+from cauc_dist.config import RunConfig
+from cauc_dist.errors import BadInput
+from cauc_dist.provenance import provenance
+from cauc_dist.store.reader import Store
+from cauc_dist.stream.plan import Plan, split
+
+CONFIG, PROVENANCE = "config.json", "provenance.json"
+
+
+def prepare(run: RunConfig, ranks: int) -> Path:
+    """Check the run against its store, then write its folder (config.json, provenance.json); returns the folder.
+
+    Raises BadInput for a store, column, batch size or folder that cannot serve; the folder then does not exist.
+    """
+    folder = run.run or Path("runs") / run.name
+    if folder.exists():
+        raise BadInput(
+            f"run folder {folder} exists already",
+            wanted="a new one",
+            do=f"go on with it by `cauc resume {folder}`, or choose another with --run",
+        )
+    store = check(run, ranks)
+    run = dataclasses.replace(run, run=folder, data=dataclasses.replace(run.data, store=run.data.store.absolute()))
+    record = {
+        **provenance(),
+        "seed": run.seed,
+        "ranks": ranks,
+        "store": str(store.path),
+        "fingerprint": store.fingerprint,
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        (temporary / CONFIG).write_text(config.to_json(run), encoding="utf-8")
+        (temporary / PROVENANCE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def check(run: RunConfig, ranks: int) -> Store:
+    """Everything that can be known to be wrong before training: store, columns, split, batch size."""
+    store = Store.open(run.data.store)
+    train, _ = split(store.subjects, run.data.folds, run.data.fold)
+    store.require(run.objective.columns, train)
+    Plan(train, run.batch_size, run.seed).rank_batch(0, 0, ranks)
+    return store
+
+
+def load(folder: Path) -> RunConfig:
+    """The configuration of a run folder."""
+    path = folder / CONFIG
+    if not path.exists():
+        raise BadInput(
+            f"no {CONFIG} in {folder}", wanted="a run folder", do="give the folder that `cauc train` printed"
+        )
+    return dataclasses.replace(config.from_json(path.read_text(encoding="utf-8"), str(path)), run=folder)
+
+
+def check_store(folder: Path, store: Store) -> None:
+    """Refuse to go on with a run on other data than it began with."""
+    began = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["fingerprint"]
+    if store.fingerprint != began:
+        raise BadInput(
+            f"store {store.path} has the fingerprint {store.fingerprint[:12]}",
+            wanted=f"{began[:12]}, with which {folder} began",
+            do="restore that store, or start a new run",
+        )

@@ -1,0 +1,89 @@
+"""What a person sees while a run goes on: a bar on a terminal, one line an epoch in a log file."""
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """Console output of rank 0; `quiet` (the other ranks) prints nothing."""
+
+    def __init__(self, name: str, total: int, *, quiet: bool) -> None:
+        self._name, self._total, self._quiet = name, total, quiet
+        self._console = Console(file=sys.stdout, highlight=False, quiet=quiet, soft_wrap=True)
+        self._bar: Bar | None = None
+        self._epoch, self._began = -1, time.perf_counter()
+        self._last: Mapping[str, float] = {}
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        self._console.print(line, markup=False)
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        """The derived values of the run, one line; then the bar, where there is a terminal."""
+        begin = f"from step {facts['step']}" if facts["step"] else "from scratch"
+        self.say(
+            f"{self._name}: batch {facts['batch_size']} = {facts['ranks']} ranks x {facts['per_rank']}, "
+            f"{facts['epochs']} epochs x {facts['steps_per_epoch']} steps, {facts['scans']} scans "
+            f"({facts['held_out']} held out) of {'x'.join(map(str, facts['shape']))}, "
+            f"{facts['parameters']:,} parameters, ZeRO-{facts['zero_stage']}, {facts['device']}, {begin}"
+        )
+        if self._console.is_terminal and not self._quiet:
+            text = TextColumn("{task.fields[text]}")
+            self._bar = Bar(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text, console=self._console)
+            self._task = self._bar.add_task(self._name, total=self._total, completed=facts["step"], text="")
+            self._bar.start()
+
+    def step(self, done: int, epoch: int, record: Mapping[str, float]) -> None:
+        self._last = record
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, text=_text(record))
+        elif epoch != self._epoch or done == self._total:
+            self._epoch = epoch
+            self.say(f"{self._name}: step {done}/{self._total} epoch {epoch} {_text(record)}")
+
+    def finish(self, folder: Path) -> None:
+        self.say(f"{self._name}: done in {time.perf_counter() - self._began:.0f} s -> {folder}")
+
+
+def _text(record: Mapping[str, float]) -> str:
+    return f"loss {record['loss']:.4f} uniformity {record['uniformity']:.3f} {record['samples_per_s']:.0f} scans/s"
+
+
+class Counter:
+    """Counts done of total, called as `counter(done, total)`: a bar on a terminal, else a line every quarter."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._quarter = what, 0
+        console = Console(file=sys.stdout, highlight=False)
+        text = TextColumn("{task.description}")
+        self._bar = Bar(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+        self._task = self._bar.add_task(what, total=None)
+        self._terminal = console.is_terminal
+
+    def __enter__(self) -> "Counter":
+        if self._terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._terminal:
+            self._bar.update(self._task, completed=done, total=total)
+        elif 4 * done // total > self._quarter:
+            self._quarter = 4 * done // total
+            print(f"{self._what}: {done} of {total}", flush=True)

@@ -1,0 +1,217 @@
+"""The training loop: `python -m cauc_dist.train RUN` on every rank, whatever started it.
+
+V views, b subjects a rank, W ranks, n = b*W subjects in the global batch, D embedding width, k metadata columns.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cauc_dist import checkpoint, encoders
+from cauc_dist.augment import views
+from cauc_dist.config import RunConfig
+from cauc_dist.engine import Engine, learning_rate
+from cauc_dist.errors import BadInput
+from cauc_dist.gather import gather
+from cauc_dist.journal import Journal
+from cauc_dist.objective import Objective
+from cauc_dist.prepare import check_store, load
+from cauc_dist.progress import Progress
+from cauc_dist.store.reader import Store
+from cauc_dist.stream.loader import Batch, Loader
+from cauc_dist.stream.plan import Plan, split
+from cauc_dist.world import World
+
+NON_FINITE = 3  # exit code of a run that a non-finite loss stopped
+
+
+class NonFinite(RuntimeError):
+    """A loss that is not a number: the step and the subjects are in the message; no parameter was touched."""
+
+
+def train_step(
+    engine: Engine, objective: Objective, batch: Batch, y_all: Tensor, run: RunConfig, epoch: int, lr: float
+) -> dict[str, Tensor | float]:
+    """One update; the terms of the loss on the GLOBAL batch, the same on every rank."""
+    x = batch.volumes.to(engine.device, non_blocking=True)  # (b, c, X, Y, Z)
+    x = views(x, batch.rows.tolist(), seed=run.seed, epoch=epoch, augment=run.augment)  # (V*b, c, X, Y, Z)
+    z = engine(x).view(run.augment.views, len(batch.rows), -1)  # (V, b, D)
+    z_all = gather(z)  # (V, n, D)
+    loss = objective.loss(z_all, y_all)
+    # Every rank holds the same number, so every rank stops at the same step, before any parameter is touched.
+    if not bool(torch.isfinite(loss)):
+        raise NonFinite(_bad_rows(z_all))
+    norm = engine.step(loss, lr)
+    return {"loss": loss.detach(), **objective.geometry(z_all.detach(), y_all), "grad_norm": norm}
+
+
+def _bad_rows(z_all: Tensor) -> str:
+    """Positions in the global batch whose embedding is not finite, comma separated; none where only the loss is not."""
+    return ",".join(str(i) for i in (~z_all.isfinite().all(-1)).any(0).nonzero().flatten().tolist())
+
+
+def train(run: RunConfig, world: World) -> None:
+    """Train, or go on from the newest sound checkpoint of the run folder. Call it on every rank, in a process group."""
+    assert run.run is not None
+    device = world.device(run.engine.device)
+    store = Store.open(run.data.store)
+    check_store(run.run, store)
+    rows, _ = split(store.subjects, run.data.folds, run.data.fold)
+    plan = Plan(rows, run.batch_size, run.seed)
+    y = torch.from_numpy(store.metadata(run.objective.columns))  # (N, k) float64: every rank knows all of it
+    objective = Objective(run.objective, y[torch.from_numpy(rows)])
+    model = build_model(run, store.shape)
+    saved, complaints = checkpoint.latest(run.run, architecture(run, store.shape))
+    start = agree(saved.step if saved else 0)
+    if saved:
+        checkpoint.load_module(model, saved.tensors)
+    engine = Engine(model, run, world, device)
+    if saved:
+        engine.load_moments(saved.tensors)
+    total = run.epochs * plan.steps_per_epoch
+    facts = derived(run, world, plan, store, model, device, start)
+    with (
+        Journal(run.run, quiet=world.rank != 0) as journal,
+        Progress(run.name, total, quiet=world.rank != 0) as progress,
+    ):
+        for line in complaints:
+            progress.say(line)
+        journal.write("start" if start == 0 else "resume", **facts)
+        progress.start(facts)
+        loader = Loader(
+            store,
+            plan,
+            rank=world.rank,
+            world_size=world.world_size,
+            start=start,
+            stop=total,
+            normalise=run.data.normalise,
+            threads=run.data.threads,
+            prefetch=run.data.prefetch,
+        )
+        with loader as batches:
+            began = time.perf_counter()
+            for batch in batches:
+                step, epoch = batch.step, plan.epoch(batch.step)
+                lr = learning_rate(run.optim, step, plan.steps_per_epoch, run.epochs)
+                y_all = y[torch.from_numpy(plan.batch(step))].to(device)
+                try:
+                    terms = train_step(engine, objective, batch, y_all, run, epoch, lr)
+                except NonFinite as error:
+                    message = non_finite_message(step, str(error), plan.batch(step), store.ids)
+                    journal.write("non_finite", step=step, message=message)
+                    raise NonFinite(message) from None
+                seconds, began = time.perf_counter() - began, time.perf_counter()
+                record = {
+                    **{name: float(value) for name, value in terms.items()},
+                    "lr": lr,
+                    "samples_per_s": run.batch_size / seconds,
+                    "data_wait_s": batch.wait,
+                }
+                journal.write("step", step=step, epoch=epoch, **record)
+                progress.step(step + 1, epoch, record)
+                if _due(step + 1, plan.steps_per_epoch, run.checkpoint.every_epochs, total):
+                    _save(engine, run, world, step + 1, store)
+                    journal.write("checkpoint", step=step + 1)
+        journal.write("end", step=total)
+        progress.finish(run.run)
+
+
+def build_model(run: RunConfig, shape: tuple[int, ...]) -> encoders.Model:
+    """Encoder and projector with the run's seed: the same weights on every rank, and in a probe's untrained twin."""
+    torch.manual_seed(run.seed)
+    encoder = encoders.build(run.encoder, shape)
+    projector = encoders.Projector(encoder.width, run.projector.hidden, run.projector.out)
+    return encoders.Model(encoder, projector, normalise=run.objective.name != "rank_n_contrast")
+
+
+def architecture(run: RunConfig, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What a checkpoint's tensors belong to."""
+    return {
+        "encoder": dataclasses.asdict(run.encoder),
+        "projector": dataclasses.asdict(run.projector),
+        "shape": list(shape),
+    }
+
+
+def derived(
+    run: RunConfig, world: World, plan: Plan, store: Store, model: torch.nn.Module, device: torch.device, start: int
+) -> dict[str, Any]:
+    """The numbers that follow from run, world and store; printed and kept in the journal."""
+    return {
+        "step": start,
+        "ranks": world.world_size,
+        "device": str(device),
+        "batch_size": run.batch_size,
+        "per_rank": run.batch_size // world.world_size,
+        "scans": len(plan.rows),
+        "held_out": len(store.ids) - len(plan.rows),
+        "steps_per_epoch": plan.steps_per_epoch,
+        "epochs": run.epochs,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "zero_stage": run.engine.zero_stage,
+        "shape": list(store.shape),
+    }
+
+
+def agree(step: int) -> int:
+    """The step that every rank starts from; RuntimeError where they disagree (a file system that lags behind)."""
+    steps: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(steps, step)
+    if len(set(steps)) > 1:
+        raise RuntimeError(f"ranks found checkpoints of different steps {steps}; is the run folder on a shared disk?")
+    return step
+
+
+def non_finite_message(step: int, bad: str, rows: np.ndarray, ids: Sequence[str]) -> str:
+    """Which subjects' embeddings were not finite at which step."""
+    names = ", ".join(ids[rows[int(i)]] for i in bad.split(",") if i)
+    where = f"embeddings of {names} are not finite" if names else "all embeddings are finite, the loss is not"
+    do = "Nothing was updated. Lower the learning rate, or look at these scans"
+    return f"the loss at step {step} is not finite: {where}. {do}"
+
+
+def _due(done: int, steps_per_epoch: int, every_epochs: int, total: int) -> bool:
+    return done == total or done % (steps_per_epoch * every_epochs) == 0
+
+
+def _save(engine: Engine, run: RunConfig, world: World, step: int, store: Store) -> None:
+    assert run.run is not None
+    tensors: Mapping[str, Tensor] = engine.state()  # a collective: all ranks
+    if world.rank == 0:
+        card = {"architecture": architecture(run, store.shape), "fingerprint": store.fingerprint, "seed": run.seed}
+        checkpoint.save(run.run, step, tensors, card, keep=run.checkpoint.keep)
+    dist.barrier()
+
+
+def main(folder: str) -> int:
+    """Run folder in, exit code out: 0 done, 2 bad input, 3 non-finite loss."""
+    try:
+        run = load(Path(folder))
+        world = World.from_env()
+        device = world.device(run.engine.device)
+        torch.set_num_threads(
+            run.engine.threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads()
+        )
+        with world.process_group(device, run.engine.timeout_minutes):
+            train(run, world)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except NonFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return NON_FINITE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

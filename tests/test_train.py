@@ -1,0 +1,261 @@
+"""A run on real ranks: one process's curve on any number of them, and a stopped run goes on as if it never stopped."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cauc_dist import checkpoint, elastic, journal
+from cauc_dist.config import Augment, Checkpoint, Data, Encoder, Objective, Optim, Projector, RunConfig
+from cauc_dist.prepare import prepare
+from cauc_dist.store.reader import Store
+from cauc_dist.stream.plan import Plan, split
+from cauc_dist.train import NonFinite, build_model, main, non_finite_message
+
+
+def config(store: Path, run: Path, **changes: object) -> RunConfig:
+    """Two epochs of three steps of 6 subjects, every transform on."""
+    base = RunConfig(
+        name="test",
+        run=run,
+        epochs=2,
+        batch_size=6,
+        data=Data(store=store),
+        augment=Augment(p_flip=0.5, p_crop=0.5, p_cutout=0.5, p_shift=0.5, max_shift=2),
+        encoder=Encoder(width=2),
+        projector=Projector(16, 8),
+        objective=Objective(kernel=("age:gaussian:5", "sex:delta")),
+        optim=Optim(lr=1e-2),
+        checkpoint=Checkpoint(every_epochs=1, keep=2),
+    )
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def curve(run: Path) -> list[float]:
+    return [e["loss"] for e in journal.read(run) if e["event"] == "step"]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    saved, complaints = checkpoint.latest(run)
+    assert saved is not None
+    assert complaints == []
+    return saved.tensors
+
+
+def trained(run: RunConfig, ranks: int) -> Path:
+    folder = prepare(run, ranks)
+    assert elastic.start(ranks, str(folder), threads=1) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(config(store, tmp_path_factory.mktemp("runs") / "one"), 1)
+
+
+@pytest.fixture(scope="module")
+def two(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(config(store, tmp_path_factory.mktemp("runs") / "two"), 2)
+
+
+def test_two_ranks_have_the_curve_and_the_weights_of_one(one: Path, two: Path) -> None:
+    assert len(curve(one)) == 6
+    assert curve(two) == pytest.approx(curve(one), rel=1e-4)
+    ours, theirs = weights(two), weights(one)
+    # The moments' tolerance is absolute: Adam divides by roots of numbers near 1e-8.
+    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-3) for name in theirs)
+
+
+def test_the_loss_is_the_objective_of_views_that_the_test_makes_itself(one: Path, store: Path) -> None:
+    """Step 0 by hand: plan -> volumes -> views -> z -> loss, without loader, engine or gather."""
+    from cauc_dist import kernels, losses
+    from cauc_dist.augment import views
+
+    run = config(store, one)
+    opened = Store.open(store)
+    rows = Plan(split(opened.subjects, 4, 0)[0], run.batch_size, run.seed).batch(0)
+    volumes = []
+    for row in rows.tolist():
+        scale, offset = opened.affine(row)
+        value = torch.from_numpy(opened.stored(row)).double() * scale + offset
+        volumes.append((value - value.mean()) / value.std(correction=0))
+    x = views(torch.stack(volumes).float(), rows.tolist(), seed=0, epoch=0, augment=run.augment)
+    with torch.no_grad():
+        z = build_model(run, opened.shape)(x).view(2, len(rows), -1)
+    y = torch.from_numpy(opened.metadata(["age", "sex"])[rows])
+    loss = losses.cauc(z, y, kernels.product(age=kernels.gaussian(5.0), sex=kernels.delta()))
+    assert curve(one)[0] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit(two: Path, store: Path, tmp_path: Path) -> None:
+    again = trained(config(store, tmp_path / "again"), 2)
+    assert curve(again) == curve(two)
+    ours, theirs = weights(again), weights(two)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_every_zero_stage_has_the_same_curve(two: Path, store: Path, tmp_path: Path, stage: int) -> None:
+    from cauc_dist.config import Engine
+
+    other = trained(config(store, tmp_path / "run", engine=Engine(zero_stage=stage)), 2)  # type: ignore[arg-type]
+    assert curve(other) == pytest.approx(curve(two), rel=1e-4)
+
+
+def stopped(run: Path, into: Path) -> Path:
+    """A copy of a finished run as it stood after its first epoch."""
+    shutil.copytree(run, into)
+    shutil.rmtree(into / "checkpoints" / "step-00000006")
+    lines = (into / journal.FILE).read_text().splitlines()
+    (into / journal.FILE).write_text("\n".join(lines[:4]) + "\n")
+    return into
+
+
+def test_stopped_and_resumed_equals_never_stopped_to_the_bit(two: Path, tmp_path: Path) -> None:
+    run = stopped(two, tmp_path / "run")
+    assert elastic.start(2, str(run), threads=1) == 0
+    assert [e["event"] for e in journal.read(run)].count("resume") == 1
+    assert curve(run) == curve(two)
+    ours, theirs = weights(run), weights(two)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_of_two_ranks_goes_on_with_three(two: Path, tmp_path: Path) -> None:
+    run = stopped(two, tmp_path / "run")
+    assert elastic.start(3, str(run), threads=1) == 0
+    assert curve(run) == pytest.approx(curve(two), rel=1e-4)
+
+
+def test_a_finished_run_started_again_does_nothing_and_succeeds(one: Path, tmp_path: Path) -> None:
+    shutil.copytree(one, tmp_path / "run")
+    assert elastic.start(1, str(tmp_path / "run"), threads=1) == 0
+    assert curve(tmp_path / "run") == curve(one)
+
+
+def test_kill_9_of_one_rank_ends_the_run_and_the_checkpoint_goes_on(store: Path, tmp_path: Path) -> None:
+    run = prepare(config(store, tmp_path / "run", epochs=400), 2)
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; from cauc_dist import elastic; sys.exit(elastic.start(2, {str(run)!r}, threads=1))",
+    ]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not list((run / "checkpoints").glob("step-*")):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    pids = subprocess.run(
+        ["pgrep", "-P", str(parent.pid), "-f", "cauc_dist.train"], capture_output=True, text=True, check=True
+    )
+    os.kill(int(pids.stdout.split()[-1]), signal.SIGKILL)
+    output, _ = parent.communicate(timeout=60)
+    assert parent.returncode == 128 + signal.SIGKILL
+    assert "was ended by signal 9" in output
+    saved, complaints = checkpoint.latest(run)
+    assert saved is not None
+    assert complaints == []
+    # The rest of the run, cut short: it goes on from the checkpoint, not from scratch.
+    short = (run / "config.json").read_text().replace('"epochs": 400', f'"epochs": {saved.step // 3 + 1}')
+    (run / "config.json").write_text(short)
+    assert elastic.start(2, str(run), threads=1) == 0
+    resumed = next(e for e in journal.read(run) if e["event"] == "resume")
+    assert resumed["step"] == saved.step
+
+
+def test_a_checkpoint_of_another_architecture_ends_with_code_2(
+    one: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(one, run)
+    text = (run / "config.json").read_text()
+    (run / "config.json").write_text(text.replace('"width": 2', '"width": 4'))
+    assert elastic.start(1, str(run), threads=1) == 2
+    assert "holds the architecture" in capfd.readouterr().err
+
+
+def test_another_store_than_the_run_began_with_ends_with_code_2(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(one, run)
+    record = json.loads((run / "provenance.json").read_text())
+    (run / "provenance.json").write_text(json.dumps({**record, "fingerprint": "0" * 64}))
+    assert main(str(run)) == 2
+    assert "has the fingerprint" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_with_code_3_and_names_the_step(
+    store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = prepare(config(store, tmp_path / "run", optim=Optim(lr=1e30, warmup_epochs=0)), 2)
+    assert elastic.start(2, str(run), threads=1) == 3
+    error = capfd.readouterr().err
+    assert "the loss at step 1 is not finite" in error
+    assert "embeddings of sub-" in error
+    assert any(e["event"] == "non_finite" for e in journal.read(run))
+
+
+def test_the_message_of_a_non_finite_loss_names_the_subjects_of_those_rows() -> None:
+    import numpy as np
+
+    message = non_finite_message(7, "0,2", np.array([5, 1, 3]), ["a", "b", "c", "d", "e", "f"])
+    assert message.startswith("the loss at step 7 is not finite: embeddings of f, d are not finite")
+    assert "all embeddings are finite" in non_finite_message(7, "", np.array([5]), ["a"])
+    assert issubclass(NonFinite, RuntimeError)
+
+
+def test_no_decay_on_norms_and_biases_and_every_parameter_in_one_group() -> None:
+    from cauc_dist.engine import parameter_groups
+
+    model = build_model(config(Path("x"), Path("y")), (1, 16, 16, 16))
+    decay, none = parameter_groups(model, 0.1)
+    assert (decay["weight_decay"], none["weight_decay"]) == (0.1, 0.0)
+    assert len(decay["params"]) + len(none["params"]) == len(list(model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all(names[id(p)].endswith("weight") and p.ndim > 1 for p in decay["params"])
+
+
+def test_the_learning_rate_warms_up_then_falls_as_a_half_cosine() -> None:
+    import math
+
+    from cauc_dist.engine import learning_rate
+
+    optim = Optim(lr=2.0, warmup_epochs=2)
+    rates = [learning_rate(optim, step, 5, 12) for step in range(60)]
+    assert rates[:10] == pytest.approx([2.0 * (i + 1) / 10 for i in range(10)])
+    assert rates[10:] == pytest.approx([1 + math.cos(math.pi * i / 50) for i in range(50)])
+    assert learning_rate(dataclasses.replace(optim, schedule="constant"), 59, 5, 12) == 2.0
+
+
+def test_ranks_that_found_different_checkpoints_stop() -> None:
+    from tests.ranks import run_ranks
+
+    with pytest.raises(
+        AssertionError, match=r"ranks found checkpoints of different steps \[0, 1\]; is the run folder on a shared disk"
+    ):
+        run_ranks(2, disagree)
+
+
+def disagree() -> None:
+    import torch.distributed as dist
+
+    from cauc_dist.train import agree
+
+    agree(dist.get_rank())
+
+
+def test_deepspeed_is_told_everything_that_it_would_otherwise_decide() -> None:
+    from cauc_dist.engine import deepspeed_config
+    from cauc_dist.world import World
+
+    told = deepspeed_config(config(Path("x"), Path("y")), World(0, 0, 3, 3))
+    assert told["train_micro_batch_size_per_gpu"] == 2
+    assert told["gradient_clipping"] == 0.0
+    assert told["zero_optimization"] == {"stage": 1}
