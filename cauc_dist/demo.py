@@ -1,0 +1,66 @@
+"""`cauc demo`: from nothing to a probed model, as a user would do it, on a cohort that is made on the spot."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cauc_dist import elastic, phantoms, recipes
+from cauc_dist.errors import BadInput
+from cauc_dist.prepare import prepare
+from cauc_dist.probe import Table, probe
+from cauc_dist.progress import Counter
+from cauc_dist.report import report
+from cauc_dist.store.ingest import ingest
+
+METHODS = ("demo_simclr", "demo_yaware", "demo_cauc")
+
+
+def demo(folder: Path, *, subjects: int, size: int, ranks: int, seed: int, say: Callable[[str], None]) -> int:
+    """Cohort, store, three trainings on `ranks` processes, probes, report; the exit code of a training that fails.
+
+    Writes `folder`, which must not exist: cohort/ (BIDS), store.zarr, METHOD/ (runs), table.json, report.html.
+    """
+    if folder.exists():
+        raise BadInput(f"{folder} exists", wanted="a new folder", do="remove it, or choose another with --folder")
+    began = time.perf_counter()
+
+    def stage(number: int, text: str) -> None:
+        say(f"\n[{number}/5] {text} ({time.perf_counter() - began:.0f} s)")
+
+    stage(1, f"{subjects} synthetic heads of {size}^3 as NIfTI with participants.tsv")
+    with Counter("phantoms") as counter:
+        phantoms.write_cohort(folder / "cohort", n=subjects, size=size, seed=seed, progress=counter)
+    stage(2, "cauc ingest: NIfTI -> Zarr store")
+    with Counter("ingest") as counter:
+        say(str(ingest(folder / "cohort", folder / "store.zarr", shape=None, progress=counter)))
+    stage(3, f"cauc train: {', '.join(METHODS)}, {ranks} ranks each")
+    runs = []
+    for name in METHODS:
+        recipe = recipes.get(name)
+        data = dataclasses.replace(recipe.data, store=folder / "store.zarr")
+        run = prepare(dataclasses.replace(recipe, run=folder / name, seed=seed, data=data), ranks)
+        code = elastic.start(ranks, str(run))
+        if code != 0:
+            return code
+        runs.append(run)
+    stage(4, "cauc probe: ridge and logistic probes of frozen features on held-out subjects")
+    table = probe(runs, say=say)
+    (folder / "table.json").write_text(table.to_json(), encoding="utf-8")
+    stage(5, "cauc report")
+    report(runs, folder / "report.html", folder / "table.json")
+    say(f"\n{table}\n\n{verdict(table)}")
+    say(f"{folder / 'report.html'} has the curves ({time.perf_counter() - began:.0f} s in all)")
+    return 0
+
+
+def verdict(table: Table) -> str:
+    """Age error against the untrained encoder, one line a method, with its paired interval."""
+    lines = []
+    for method in METHODS:
+        gain, low, high = table.difference(method, "untrained", "age")
+        word = "better" if low > 0 else "not shown to be better"
+        lines.append(
+            f"{method}: age error {gain:+.2f} years below the untrained encoder [{low:.2f}, {high:.2f}]: {word}"
+        )
+    return "\n".join(lines)
