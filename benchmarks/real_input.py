@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=1, help="how many of the recipe's folds are held out in turn")
     parser.add_argument("--ranks", type=int, default=2)
     a = parser.parse_args()
+    made_by = provenance()
     a.work.mkdir(parents=True, exist_ok=True)
     folder, shape = STUDIES[a.study]
     if not (a.work / f"{a.study}.zarr").exists():
@@ -118,7 +119,7 @@ def main() -> None:
     per_fold = [tables[METHODS[0], 0, f].chance for f in range(a.folds)]
     chance = {c: float(np.mean([fold[c] for fold in per_fold])) for c in per_fold[0]}
     runs = [{"method": m, "seed": s, "fold": f, "table": json.loads(t.to_json())} for (m, s, f), t in tables.items()]
-    record = {**provenance(), "ranks": a.ranks, "summary": summary, "chance": chance, "runs": runs}
+    record = {**made_by, "ranks": a.ranks, "summary": summary, "chance": chance, "runs": runs}
     a.out.write_text(json.dumps(record, indent=1) + "\n")
     print(markdown(summary, chance))
     print("error: mean absolute error of numbers, share of mistakes for categories; [95 % bootstrap over subjects];")

@@ -138,7 +138,7 @@ def probe(
         say("probe: raw voxels")
         score("raw voxels", voxel_features(store, rows, len(train), configs[0].data.normalise))
     chance = {c.name: _chance(c, y[train, k], y[test, k]) for k, c in enumerate(kinds)}
-    return Table(str(store.path), store.fingerprint, len(train), len(test), names, chance, scores)
+    return Table(store.path.name, store.fingerprint, len(train), len(test), names, chance, scores)
 
 
 def varying(store: Store, rows: NDArray[np.int64]) -> tuple[str, ...]:
