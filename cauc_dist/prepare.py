@@ -6,9 +6,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from cauc_dist import config
+import torch
+
+from cauc_dist import augment, config, encoders
 from cauc_dist.config import RunConfig
 from cauc_dist.errors import BadInput
+from cauc_dist.objective import Objective
 from cauc_dist.provenance import provenance
 from cauc_dist.store.reader import Store
 from cauc_dist.stream.plan import Plan, split
@@ -51,11 +54,22 @@ def prepare(run: RunConfig, ranks: int) -> Path:
 
 
 def check(run: RunConfig, ranks: int) -> Store:
-    """Everything that can be known to be wrong before training: store, columns, split, batch size."""
+    """Everything that can be known to be wrong before training: settings, store, columns, split, batch size."""
+    for name, value, least in (
+        ("seed", run.seed, 0),
+        ("epochs", run.epochs, 1),
+        ("augment.views", run.augment.views, 2),
+    ):
+        if value < least:
+            raise BadInput(f"{name} {value}", wanted=f"{least} or more", do=f"set --{name}")
     store = Store.open(run.data.store)
     train, _ = split(store.subjects, run.data.folds, run.data.fold)
+    Objective(run.objective, torch.from_numpy(store.metadata(run.objective.columns)[train]))
     store.require(run.objective.columns, train)
     Plan(train, run.batch_size, run.seed).rank_batch(0, 0, ranks)
+    with torch.device("meta"):  # no memory, no time: only whether it fits
+        encoders.build(run.encoder, store.shape)
+    augment.check(run.augment, store.shape)
     return store
 
 

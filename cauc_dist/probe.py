@@ -232,22 +232,28 @@ def _regress(x: Array, y: Array, x_test: Array, y_test: Array) -> Score:
 
 def _classify(x: Array, y: Array, x_test: Array, y_test: Array) -> Score:
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import balanced_accuracy_score, roc_auc_score
     from sklearn.model_selection import GridSearchCV
 
     smallest = int(np.unique(y, return_counts=True)[1].min())
     if smallest < 2:
         raise BadInput("a category with one training subject", wanted="two or more of each", do="choose with --columns")
     grid = {"C": np.logspace(-4, 2, 7)}
-    search = GridSearchCV(LogisticRegression(max_iter=2000), grid, scoring="balanced_accuracy", cv=min(5, smallest))
+    # Log loss, not accuracy: with tens of subjects a fold, accuracies tie and the choice among them is chance.
+    search = GridSearchCV(LogisticRegression(max_iter=2000), grid, scoring="neg_log_loss", cv=min(5, smallest))
     predicted = search.fit(x, y).predict(x_test)
     wrong = (predicted != y_test).astype(float)
     low, high = interval(len(wrong), lambda rows: _balanced_accuracy(y_test[rows], wrong[rows]))
-    p, classes = search.predict_proba(x_test), search.classes_
-    auc = roc_auc_score(y_test, p[:, 1] if len(classes) == 2 else p, multi_class="ovr", labels=classes)
-    detail = {"accuracy": float(1 - wrong.mean()), "auc": float(auc)}
-    value = float(balanced_accuracy_score(y_test, predicted))
+    detail = {"accuracy": float(1 - wrong.mean()), **_auc(y_test, search.predict_proba(x_test), search.classes_)}
+    value = float(_balanced_accuracy(y_test[None], wrong[None])[0])
     return Score("balanced acc.", value, low, high, detail, wrong.tolist())
+
+
+def _auc(y: Array, p: Array, classes: Array) -> dict[str, float]:
+    """One against the rest, averaged over the classes that the held-out subjects have and not all of them are."""
+    from sklearn.metrics import roc_auc_score
+
+    told = [k for k, label in enumerate(classes) if 0 < (y == label).sum() < len(y)]
+    return {"auc": float(np.mean([roc_auc_score(y == classes[k], p[:, k]) for k in told]))} if told else {}
 
 
 def _balanced_accuracy(y: Array, wrong: Array) -> Array:

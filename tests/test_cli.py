@@ -1,0 +1,259 @@
+"""The command line, as a user types it: what it answers, with which code, and that bad input leaves nothing behind."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from cauc_dist.cli import COMMANDS, main
+
+SMALL = [
+    "--epochs",
+    "1",
+    "--batch-size",
+    "6",
+    "--encoder.width",
+    "2",
+    "--projector.hidden",
+    "8",
+    "--projector.out",
+    "4",
+]
+
+
+def cauc(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "cauc_dist", *arguments], capture_output=True, text=True, timeout=100)
+
+
+def test_help_names_every_command_and_recipe_and_imports_no_torch() -> None:
+    from cauc_dist.recipes import recipes
+
+    code = (
+        "import sys; from cauc_dist.cli import main; main(['--help']);"
+        "sys.exit(bool({'torch', 'zarr', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in [*COMMANDS, *recipes()])
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_explains_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert f"usage: cauc {command}" in capsys.readouterr().out
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    from cauc_dist import __version__
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"cauc-dist {__version__}\n"
+
+
+def test_an_unknown_option_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["train", "demo_cauc", "--optim.lrr", "3"])
+    assert end.value.code == 2
+    assert "--optim.lr FLOAT" in capsys.readouterr().err
+
+
+def edited(name: str, change: Callable[[str], str]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        (folder / name).write_text(change((folder / name).read_text()))
+
+    return apply
+
+
+def without_scan(folder: Path) -> None:
+    shutil.rmtree(folder / "sub-0003")
+
+
+def truncated(folder: Path) -> None:
+    scan = folder / "sub-0003" / "anat" / "sub-0003_T1w.nii.gz"
+    scan.write_bytes(scan.read_bytes()[:500])
+
+
+def other_shape(folder: Path) -> None:
+    nib.save(
+        nib.Nifti1Image(np.ones((9, 9, 9), "f4"), np.eye(4) * 12), folder / "sub-0003" / "anat" / "sub-0003_T1w.nii.gz"
+    )
+
+
+INGEST = {
+    "no participants.tsv": (lambda folder: (folder / "participants.tsv").unlink(), "participants.tsv"),
+    "a participant without scan": (without_scan, "sub-0003"),
+    "a scan without participant": (
+        edited("participants.tsv", lambda text: "\n".join(r for r in text.splitlines() if "sub-0003" not in r)),
+        "sub-0003",
+    ),
+    "a text in a number column": (
+        edited("participants.tsv", lambda text: text.replace(text.splitlines()[4].split("\t")[1], "old")),
+        "old",
+    ),
+    "an unreadable NIfTI": (truncated, "sub-0003"),
+    "a scan of another shape": (other_shape, "shapes"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(INGEST))
+def test_ingest_refuses_bad_input_with_code_2_and_leaves_nothing(
+    case: str, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, named = INGEST[case]
+    shutil.copytree(cohort, tmp_path / "bids")
+    spoil(tmp_path / "bids")
+    assert main(["ingest", str(tmp_path / "bids"), str(tmp_path / "out" / "store.zarr")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert named in error
+    assert "; wanted " in error
+    assert error.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.rglob("*store*")) == []
+
+
+def test_ingest_of_no_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ingest", str(tmp_path / "none"), str(tmp_path / "store.zarr")]) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ingest_prints_a_summary_and_refuses_a_taken_store(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["ingest", str(cohort), str(tmp_path / "store.zarr")]
+    assert main(command) == 0
+    assert "24 scans of 16x16x16" in capsys.readouterr().out
+    assert main(command) == 2
+    assert "store.zarr" in capsys.readouterr().err
+
+
+TRAIN = {
+    "no store": (["--data.store", "none.zarr"], "no store at none.zarr"),
+    "a batch that does not divide": (
+        ["--batch-size", "7", "--ranks", "2"],
+        "batch_size 7 does not divide over 2 ranks",
+    ),
+    "a batch larger than the training part": (["--batch-size", "20"], "batch_size 20 for 18 training scans"),
+    "an unknown column": (["--objective.kernel", "ag:gaussian:5"], "no column 'ag'"),
+    "a kernel that is no kernel": (["--objective.kernel", "age:gausian:5"], "gausian"),
+    "no kernel": (["--objective.kernel"], "objective cauc without a kernel"),
+    "no rank": (["--ranks", "0"], "--ranks 0"),
+    "an encoder that does not fit": (["--encoder.name", "densenet121_3d"], "densenet121_3d"),
+    "a negative seed": (["--seed", "-1"], "seed -1"),
+    "no epoch": (["--epochs", "0"], "epochs 0"),
+    "a transform that does not fit": (["--augment.p-grey", "0.5"], "p_grey"),
+    "a fold that is none": (["--data.fold", "4"], "fold 4 of 4"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(TRAIN))
+def test_train_refuses_bad_settings_with_code_2_and_leaves_nothing(
+    case: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, message = TRAIN[case]
+    run = tmp_path / "runs" / "x"
+    assert main(["train", "demo_cauc", "--run", str(run), *SMALL, "--data.store", str(store), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "; wanted " in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_constant_column_is_refused(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(cohort, tmp_path / "bids")
+    rows = (tmp_path / "bids" / "participants.tsv").read_text().splitlines()
+    text = "\n".join([rows[0] + "\tscanner", *(row + "\t3" for row in rows[1:])])
+    (tmp_path / "bids" / "participants.tsv").write_text(text)
+    assert main(["ingest", str(tmp_path / "bids"), str(tmp_path / "store.zarr")]) == 0
+    command = [
+        "train",
+        "demo_cauc",
+        "--data.store",
+        str(tmp_path / "store.zarr"),
+        "--run",
+        str(tmp_path / "run"),
+        *SMALL,
+    ]
+    assert main([*command, "--objective.kernel", "scanner:gaussian:1"]) == 2
+    assert "column scanner of" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_store_of_another_version_is_refused(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(store, tmp_path / "store.zarr")
+    path = tmp_path / "store.zarr" / "zarr.json"
+    group = json.loads(path.read_text())
+    group["attributes"]["version"] = 99
+    path.write_text(json.dumps(group))
+    command = ["train", "demo_cauc", "--data.store", str(tmp_path / "store.zarr"), "--run", str(tmp_path / "run")]
+    assert main([*command, *SMALL]) == 2
+    assert " 99 " in capsys.readouterr().err
+
+
+def test_a_recipe_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train"]) == 2
+    assert "`cauc train` without a recipe" in capsys.readouterr().err
+
+
+def test_a_config_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "none/config.json"]) == 2
+    assert "no file none/config.json" in capsys.readouterr().err
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert "no command 'trian'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["probe", "report"])
+def test_a_command_on_runs_wants_one(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command]) == 2
+    assert "no run folder" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["resume", str(tmp_path)]) == 2
+    assert "no config.json in" in capsys.readouterr().err
+
+
+def test_train_resume_probe_report_one_after_the_other(store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "mine"
+    done = cauc("train", "demo_cauc", "--data.store", str(store), "--run", str(run), "--ranks", "2", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert f"run folder {run}" in done.stdout
+    assert "batch 6 = 2 ranks x 3, 1 epochs x 3 steps, 18 scans (6 held out)" in done.stdout
+    record = json.loads((run / "provenance.json").read_text())
+    assert {"versions", "git", "seed", "fingerprint", "command"} <= set(record)
+    assert record["versions"]["torch"].startswith("2.")
+
+    taken = cauc("train", "demo_cauc", "--data.store", str(store), "--run", str(run), *SMALL)
+    assert taken.returncode == 2
+    assert f"run folder {run} exists already" in taken.stderr
+
+    again = cauc("train", str(run / "config.json"), "--run", str(tmp_path / "again"))
+    assert again.returncode == 0, again.stderr
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (run, tmp_path / "again")]
+    assert {k: v for k, v in configs[0].items() if k != "run"} == {k: v for k, v in configs[1].items() if k != "run"}
+
+    resumed = cauc("resume", str(run), "--ranks", "3")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "from step 3" in resumed.stdout
+
+    probed = cauc("probe", str(run), str(tmp_path / "again"), "--columns", "age", "sex")
+    assert probed.returncode == 0, probed.stderr
+    rows = [line.split()[0] for line in probed.stdout.splitlines() if "[" in line]
+    assert rows.count("demo_cauc") == 2  # told apart by their folders
+    assert {"untrained", "raw"} <= set(rows)
+
+    page = tmp_path / "page.html"
+    reported = cauc("report", str(run), "--out", str(page))
+    assert reported.returncode == 0, reported.stderr
+    assert "balanced acc." in page.read_text()

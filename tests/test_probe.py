@@ -1,0 +1,220 @@
+"""Probes are fitted on training subjects alone, and their intervals and comparisons are what they say."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.linear_model import Ridge
+from sklearn.metrics import balanced_accuracy_score
+
+from cauc_dist import elastic, probe, recipes
+from cauc_dist.config import Encoder, Projector
+from cauc_dist.errors import BadInput
+from cauc_dist.prepare import prepare
+from cauc_dist.probe import Score, Table
+from cauc_dist.store.layout import Column
+from cauc_dist.store.reader import Store
+from cauc_dist.stream.plan import split
+
+AGE, SEX = Column("age", "number"), Column("sex", "category", ("F", "M"))
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs' worth of one: a small trained model on the shared cohort."""
+    recipe = recipes.get("demo_cauc")
+    config = dataclasses.replace(
+        recipe,
+        run=tmp_path_factory.mktemp("runs") / "a",
+        epochs=2,
+        batch_size=6,
+        data=dataclasses.replace(recipe.data, store=store),
+        encoder=Encoder(width=2),
+        projector=Projector(8, 4),
+    )
+    folder = prepare(config, 1)
+    assert elastic.start(1, str(folder)) == 0
+    return folder
+
+
+def test_a_linear_relation_is_found_and_noise_is_not() -> None:
+    x, noise = RNG.normal(size=(400, 5)), RNG.normal(size=400)
+    y = x @ np.array([3.0, -2, 0, 0, 1]) + 50
+    score = probe.score_column(AGE, x[:300], y[:300], x[300:], y[300:])
+    assert score.metric == "MAE"
+    assert score.value < 0.05
+    assert score.detail["r2"] > 0.999
+    blind = probe.score_column(AGE, x[:300], noise[:300], x[300:], noise[300:])
+    assert blind.detail["r2"] < 0.1
+
+
+def test_the_mean_absolute_error_and_r2_are_those_of_ridge_by_hand() -> None:
+    x, y = RNG.normal(size=(80, 3)), RNG.normal(size=80) * 10 + 40
+    score = probe.score_column(AGE, x[:60], y[:60], x[60:], y[60:])
+    candidates = []
+    for alpha in np.logspace(-3, 6, 28):  # leave-one-out by refitting: what RidgeCV does in closed form
+        left_out = [
+            (Ridge(alpha).fit(np.delete(x[:60], i, 0), np.delete(y[:60], i)).predict(x[i : i + 1])[0] - y[i]) ** 2
+            for i in range(60)
+        ]
+        candidates.append((np.mean(left_out), alpha))
+    predicted = Ridge(min(candidates)[1]).fit(x[:60], y[:60]).predict(x[60:])
+    assert score.value == pytest.approx(np.abs(predicted - y[60:]).mean(), rel=1e-6)
+    assert score.errors == pytest.approx(np.abs(predicted - y[60:]).tolist(), rel=1e-6)
+    assert score.detail["r2"] == pytest.approx(1 - ((predicted - y[60:]) ** 2).mean() / y[60:].var(), rel=1e-6)
+
+
+def test_held_out_labels_do_not_change_what_is_predicted() -> None:
+    x, y = RNG.normal(size=(60, 4)), RNG.integers(0, 2, 60).astype(float)
+    right = probe.score_column(SEX, x[:40], y[:40], x[40:], y[40:])
+    flipped = probe.score_column(SEX, x[:40], y[:40], x[40:], 1 - y[40:])
+    assert np.array(right.errors) + np.array(flipped.errors) == pytest.approx(np.ones(20))
+
+
+def test_separable_classes_are_told_apart() -> None:
+    y = np.tile([0.0, 1.0, 2.0], 40)
+    x = np.eye(3)[y.astype(int)] * 5 + RNG.normal(size=(120, 3)) * 0.1
+    score = probe.score_column(Column("site", "category", ("A", "B", "C")), x[:90], y[:90], x[90:], y[90:])
+    assert (score.value, score.detail["accuracy"], score.detail["auc"]) == (1.0, 1.0, 1.0)
+
+
+def test_auc_is_sklearns_and_a_class_that_nobody_held_out_has_takes_no_part() -> None:
+    from sklearn.metrics import roc_auc_score
+
+    y, p = RNG.integers(0, 2, 30).astype(float), RNG.random((30, 1))
+    both = np.hstack([1 - p, p])
+    assert probe._auc(y, both, np.array([0.0, 1.0]))["auc"] == pytest.approx(roc_auc_score(y, p[:, 0]))
+    with_third = np.hstack([both, np.zeros((30, 1))])
+    assert probe._auc(y, with_third, np.array([0.0, 1.0, 2.0])) == probe._auc(y, both, np.array([0.0, 1.0]))
+    assert probe._auc(np.zeros(30), both, np.array([0.0, 1.0])) == {}
+
+
+def test_subjects_without_a_value_take_no_part() -> None:
+    x, y = RNG.normal(size=(60, 3)), RNG.normal(size=60)
+    missing = y.copy()
+    missing[[3, 50]] = np.nan
+    keep = [i for i in range(60) if i not in (3, 50)]
+    ours = probe.score_column(AGE, x[:40], missing[:40], x[40:], missing[40:])
+    theirs = probe.score_column(AGE, x[keep][:39], y[keep][:39], x[keep][39:], y[keep][39:])
+    assert ours.errors == theirs.errors
+
+
+def test_the_interval_of_a_mean_is_near_the_normal_one() -> None:
+    errors = RNG.normal(10, 3, 400)
+    low, high = probe.interval(400, lambda rows: errors[rows].mean(-1))
+    half = 1.96 * errors.std() / 20
+    assert low == pytest.approx(errors.mean() - half, abs=0.05)
+    assert high == pytest.approx(errors.mean() + half, abs=0.05)
+
+
+def test_balanced_accuracy_of_resamples_is_sklearns() -> None:
+    y, predicted = RNG.integers(0, 3, 50), RNG.integers(0, 3, 50)
+    rows = RNG.integers(0, 50, (20, 50))
+    found = probe._balanced_accuracy(y[rows].astype(float), (y != predicted)[rows].astype(float))
+    assert found == pytest.approx([balanced_accuracy_score(y[r], predicted[r]) for r in rows])
+
+
+def table(**errors: list[float]) -> Table:
+    scores = {
+        m.replace("_", " "): {"age": Score("MAE", float(np.mean(e)), 0, 1, {"r2": 0.5}, e)} for m, e in errors.items()
+    }
+    return Table("store.zarr", "f" * 64, 30, 4, ("age",), {"age": 9.0}, scores)
+
+
+def test_a_comparison_is_paired_over_subjects() -> None:
+    """Every subject is one year better, whatever their errors: unpaired intervals would overlap widely."""
+    one = table(ours=[1.0, 11.0, 21.0, 31.0], untrained=[2.0, 12.0, 22.0, 32.0])
+    assert one.difference("ours", "untrained", "age") == (1.0, 1.0, 1.0)
+    assert one.difference("untrained", "ours", "age") == (-1.0, -1.0, -1.0)
+
+
+def test_a_star_marks_what_is_better_than_untrained() -> None:
+    text = str(table(ours=[1.0, 2.0], untrained=[5.0, 6.0], raw_voxels=[1.0, 9.0]))
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert lines["ours"].endswith("*")
+    assert not lines["raw voxels"].endswith("*")
+    assert not lines["untrained"].endswith("*")
+    assert "30 subjects to fit, 4 held out" in text
+
+
+def test_a_table_comes_back_from_json() -> None:
+    one = table(ours=[1.0, 2.0])
+    assert Table.from_json(one.to_json()) == one
+
+
+def test_ridge_on_voxel_features_is_ridge_on_voxels(store: Path) -> None:
+    opened = Store.open(store)
+    rows = np.arange(24)
+    x = np.stack([opened.stored(i).astype("f8").ravel() * opened.affine(i)[0] for i in rows])
+    y = opened.metadata(["age"])[:, 0]
+    features = probe.voxel_features(opened, rows, 18, "none")
+    unit = np.linalg.norm(x[0] - x[:18].mean(0)) / np.linalg.norm(features[0])
+    by_hand = Ridge(100.0 * unit**2).fit(x[:18], y[:18]).predict(x[18:])
+    ours = Ridge(100.0).fit(features[:18], y[:18]).predict(features[18:])
+    assert ours == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_embeddings_come_in_the_order_of_their_rows(run: Path, store: Path) -> None:
+    from cauc_dist.prepare import load
+
+    config, opened = load(run), Store.open(store)
+    rows = np.arange(24)
+    straight, mixed = probe.embed(config, opened, rows), probe.embed(config, opened, rows[::-1], chunk=5)
+    assert straight.shape == (24, 32)
+    assert mixed[::-1] == pytest.approx(straight, rel=1e-4, abs=1e-5)
+    untrained = probe.embed(config, opened, rows, trained=False)
+    assert np.abs(untrained - straight).max() > 1e-3
+
+
+def test_the_probe_fits_on_the_subjects_that_the_run_trained_on(run: Path, store: Path) -> None:
+    found = probe.probe([run])
+    train, test = split(Store.open(store).subjects, 4, 0)
+    assert (found.n_train, found.n_test) == (len(train), len(test))
+    assert found.columns == ("age", "sex", "site")
+    assert list(found.scores) == ["demo_cauc", "untrained", "raw voxels"]
+    y = Store.open(store).metadata(["age"])[:, 0]
+    assert found.chance["age"] == pytest.approx(np.abs(y[test] - np.median(y[train])).mean())
+    assert found.chance["site"] == pytest.approx(1 / 3)
+
+
+def test_features_that_never_change_become_zero() -> None:
+    x = np.array([[1.0, 2.0], [1.0, 4.0], [1.0, 9.0]])
+    assert probe.standardise(x, 2).tolist() == [[0.0, -1.0], [0.0, 1.0], [0.0, 6.0]]
+
+
+def copy_with(run: Path, into: Path, old: str, new: str) -> Path:
+    import shutil
+
+    shutil.copytree(run, into)
+    text = (into / "config.json").read_text()
+    assert old in text
+    (into / "config.json").write_text(text.replace(old, new))
+    return into
+
+
+def test_runs_of_different_folds_are_not_compared(run: Path, tmp_path: Path) -> None:
+    other = copy_with(run, tmp_path / "b", '"fold": 0', '"fold": 1')
+    with pytest.raises(BadInput, match=r"differ in store or fold; wanted runs with the same held-out subjects"):
+        probe.probe([run, other])
+
+
+def test_a_run_that_held_nobody_out_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"data.folds is 1: nobody is held out"):
+        probe.probe([copy_with(run, tmp_path / "b", '"folds": 4', '"folds": 1')])
+
+
+def test_a_run_without_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    other = copy_with(run, tmp_path / "b", '"fold": 0', '"fold": 0')
+    shutil.rmtree(other / "checkpoints")
+    with pytest.raises(BadInput, match=r"no sound checkpoint in .*; wanted a trained run"):
+        probe.probe([other])
+
+
+def test_a_category_with_one_training_subject_is_refused() -> None:
+    x, y = RNG.normal(size=(10, 2)), np.array([0.0] * 7 + [1.0] + [0, 1])
+    with pytest.raises(BadInput, match="a category with one training subject"):
+        probe.score_column(SEX, x[:8], y[:8], x[8:], y[8:])
