@@ -105,7 +105,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     a = parser.parse_args()
     made_by = provenance()
-    a.work.mkdir(parents=True, exist_ok=True)
+    for made in (a.work, a.out.parent):
+        made.mkdir(parents=True, exist_ok=True)
     folder, shape = STUDIES[a.study]
     if not (a.work / f"{a.study}.zarr").exists():
         print(ingest(Path(os.environ["CAUC_DATA"]) / folder, a.work / f"{a.study}.zarr", shape=shape))
