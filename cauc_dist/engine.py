@@ -60,6 +60,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, run: RunConfig, world: World, device: torch.device) -> None:
         deepspeed = _import_deepspeed(device)
+        self.parameters = sum(p.numel() for p in model.parameters())  # before ZeRO 3 takes them apart
         os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed insists on it, whatever started the ranks
         optimizer = torch.optim.AdamW(
             parameter_groups(model, run.optim.weight_decay),

@@ -7,11 +7,11 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -38,92 +38,110 @@ class NonFinite(RuntimeError):
     """A loss that is not a number: the step and the subjects are in the message; no parameter was touched."""
 
 
-def train_step(
-    engine: Engine, objective: Objective, batch: Batch, y_all: Tensor, run: RunConfig, epoch: int, lr: float
-) -> dict[str, Tensor | float]:
-    """One update; the terms of the loss on the GLOBAL batch, the same on every rank."""
+@dataclass(frozen=True)
+class Step:
+    """What one step of the global batch is made from, beside its volumes: known to every rank without asking."""
+
+    number: int
+    epoch: int
+    lr: float
+    ids: tuple[str, ...]
+    """(n,) names of the scans, in global order."""
+    y: Tensor
+    """(n, k) their metadata."""
+
+
+def train_step(engine: Engine, objective: Objective, batch: Batch, step: Step, run: RunConfig) -> dict[str, float]:
+    """One update; returns the terms of the loss on the GLOBAL batch, the same numbers on every rank."""
     x = batch.volumes.to(engine.device, non_blocking=True)  # (b, c, X, Y, Z)
-    x = views(x, batch.rows.tolist(), seed=run.seed, epoch=epoch, augment=run.augment)  # (V*b, c, X, Y, Z)
+    x = views(x, batch.rows.tolist(), seed=run.seed, epoch=step.epoch, augment=run.augment)  # (V*b, c, X, Y, Z)
     z = engine(x).view(run.augment.views, len(batch.rows), -1)  # (V, b, D)
     z_all = gather(z)  # (V, n, D)
-    loss = objective.loss(z_all, y_all)
+    loss = objective.loss(z_all, step.y)
     # Every rank holds the same number, so every rank stops at the same step, before any parameter is touched.
     if not bool(torch.isfinite(loss)):
-        raise NonFinite(_bad_rows(z_all))
-    norm = engine.step(loss, lr)
-    return {"loss": loss.detach(), **objective.geometry(z_all.detach(), y_all), "grad_norm": norm}
+        raise NonFinite(non_finite(step, z_all.detach()))
+    norm = engine.step(loss, step.lr)
+    terms = {"loss": loss, **objective.geometry(z_all.detach(), step.y)}
+    return {name: term.item() for name, term in terms.items()} | {"grad_norm": norm, "lr": step.lr}
 
 
-def _bad_rows(z_all: Tensor) -> str:
-    """Positions in the global batch whose embedding is not finite, comma separated; none where only the loss is not."""
-    return ",".join(str(i) for i in (~z_all.isfinite().all(-1)).any(0).nonzero().flatten().tolist())
+def non_finite(step: Step, z_all: Tensor) -> str:
+    """Which subjects' embeddings (V, n, D) are not finite at which step, and what to do."""
+    bad = (~z_all.isfinite().all(-1)).any(0).nonzero().flatten().tolist()
+    names = ", ".join(step.ids[i] for i in bad)
+    where = f"embeddings of {names} are not finite" if names else "all embeddings are finite, the loss is not"
+    do = "Nothing was updated. Lower the learning rate, or look at these scans"
+    return f"the loss at step {step.number} is not finite: {where}. {do}"
 
 
 def train(run: RunConfig, world: World) -> None:
     """Train, or go on from the newest sound checkpoint of the run folder. Call it on every rank, in a process group."""
     assert run.run is not None
-    device = world.device(run.engine.device)
     store = Store.open(run.data.store)
     check_store(run.run, store)
     rows, _ = split(store.subjects, run.data.folds, run.data.fold)
     plan = Plan(rows, run.batch_size, run.seed)
     y = torch.from_numpy(store.metadata(run.objective.columns))  # (N, k) float64: every rank knows all of it
     objective = Objective(run.objective, y[torch.from_numpy(rows)])
+    engine, start, complaints = open_engine(run, world, store)
+    total = run.epochs * plan.steps_per_epoch
+    facts = derived(run, world, plan, store, engine, start)
+    reads = Loader(
+        store,
+        plan,
+        rank=world.rank,
+        world_size=world.world_size,
+        start=start,
+        stop=total,
+        normalise=run.data.normalise,
+        threads=run.data.threads,
+        prefetch=run.data.prefetch,
+    )
+    quiet = world.rank != 0
+    with Journal(run.run, quiet=quiet) as journal, Progress(run.name, total, quiet=quiet) as progress, reads as batches:
+        for line in complaints:
+            progress.say(line)
+        journal.write("resume" if start else "start", **facts)
+        progress.start(facts)
+        began = time.perf_counter()
+        for batch in batches:
+            scans = plan.batch(batch.step)
+            step = Step(
+                number=batch.step,
+                epoch=plan.epoch(batch.step),
+                lr=learning_rate(run.optim, batch.step, plan.steps_per_epoch, run.epochs),
+                ids=tuple(store.ids[i] for i in scans),
+                y=y[torch.from_numpy(scans)].to(engine.device),
+            )
+            try:
+                record = train_step(engine, objective, batch, step, run)
+            except NonFinite as error:
+                journal.write("non_finite", step=step.number, message=str(error))
+                raise
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            record |= {"samples_per_s": run.batch_size / seconds, "data_wait_s": batch.wait}
+            journal.write("step", step=step.number, epoch=step.epoch, **record)
+            progress.step(step.number + 1, step.epoch, record)
+            if _due(step.number + 1, plan.steps_per_epoch, run.checkpoint.every_epochs, total):
+                _save(engine, run, world, step.number + 1, store)
+                journal.write("checkpoint", step=step.number + 1)
+        journal.write("end", step=total)
+        progress.finish(run.run)
+
+
+def open_engine(run: RunConfig, world: World, store: Store) -> tuple[Engine, int, list[str]]:
+    """The model under DeepSpeed, the step to go on from (0: from scratch), and a line for each damaged checkpoint."""
+    assert run.run is not None
     model = build_model(run, store.shape)
     saved, complaints = checkpoint.latest(run.run, architecture(run, store.shape))
     start = agree(saved.step if saved else 0)
     if saved:
         checkpoint.load_module(model, saved.tensors)
-    engine = Engine(model, run, world, device)
+    engine = Engine(model, run, world, world.device(run.engine.device))
     if saved:
         engine.load_moments(saved.tensors)
-    total = run.epochs * plan.steps_per_epoch
-    facts = derived(run, world, plan, store, model, device, start)
-    with (
-        Journal(run.run, quiet=world.rank != 0) as journal,
-        Progress(run.name, total, quiet=world.rank != 0) as progress,
-    ):
-        for line in complaints:
-            progress.say(line)
-        journal.write("start" if start == 0 else "resume", **facts)
-        progress.start(facts)
-        loader = Loader(
-            store,
-            plan,
-            rank=world.rank,
-            world_size=world.world_size,
-            start=start,
-            stop=total,
-            normalise=run.data.normalise,
-            threads=run.data.threads,
-            prefetch=run.data.prefetch,
-        )
-        with loader as batches:
-            began = time.perf_counter()
-            for batch in batches:
-                step, epoch = batch.step, plan.epoch(batch.step)
-                lr = learning_rate(run.optim, step, plan.steps_per_epoch, run.epochs)
-                y_all = y[torch.from_numpy(plan.batch(step))].to(device)
-                try:
-                    terms = train_step(engine, objective, batch, y_all, run, epoch, lr)
-                except NonFinite as error:
-                    message = non_finite_message(step, str(error), plan.batch(step), store.ids)
-                    journal.write("non_finite", step=step, message=message)
-                    raise NonFinite(message) from None
-                seconds, began = time.perf_counter() - began, time.perf_counter()
-                record = {
-                    **{name: float(value) for name, value in terms.items()},
-                    "lr": lr,
-                    "samples_per_s": run.batch_size / seconds,
-                    "data_wait_s": batch.wait,
-                }
-                journal.write("step", step=step, epoch=epoch, **record)
-                progress.step(step + 1, epoch, record)
-                if _due(step + 1, plan.steps_per_epoch, run.checkpoint.every_epochs, total):
-                    _save(engine, run, world, step + 1, store)
-                    journal.write("checkpoint", step=step + 1)
-        journal.write("end", step=total)
-        progress.finish(run.run)
+    return engine, start, complaints
 
 
 def build_model(run: RunConfig, shape: tuple[int, ...]) -> encoders.Model:
@@ -143,21 +161,19 @@ def architecture(run: RunConfig, shape: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def derived(
-    run: RunConfig, world: World, plan: Plan, store: Store, model: torch.nn.Module, device: torch.device, start: int
-) -> dict[str, Any]:
+def derived(run: RunConfig, world: World, plan: Plan, store: Store, engine: Engine, start: int) -> dict[str, Any]:
     """The numbers that follow from run, world and store; printed and kept in the journal."""
     return {
         "step": start,
         "ranks": world.world_size,
-        "device": str(device),
+        "device": str(engine.device),
         "batch_size": run.batch_size,
         "per_rank": run.batch_size // world.world_size,
         "scans": len(plan.rows),
         "held_out": len(store.ids) - len(plan.rows),
         "steps_per_epoch": plan.steps_per_epoch,
         "epochs": run.epochs,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": engine.parameters,
         "zero_stage": run.engine.zero_stage,
         "shape": list(store.shape),
     }
@@ -170,14 +186,6 @@ def agree(step: int) -> int:
     if len(set(steps)) > 1:
         raise RuntimeError(f"ranks found checkpoints of different steps {steps}; is the run folder on a shared disk?")
     return step
-
-
-def non_finite_message(step: int, bad: str, rows: np.ndarray, ids: Sequence[str]) -> str:
-    """Which subjects' embeddings were not finite at which step."""
-    names = ", ".join(ids[rows[int(i)]] for i in bad.split(",") if i)
-    where = f"embeddings of {names} are not finite" if names else "all embeddings are finite, the loss is not"
-    do = "Nothing was updated. Lower the learning rate, or look at these scans"
-    return f"the loss at step {step} is not finite: {where}. {do}"
 
 
 def _due(done: int, steps_per_epoch: int, every_epochs: int, total: int) -> bool:

@@ -18,7 +18,7 @@ from cauc_dist.config import Augment, Checkpoint, Data, Encoder, Objective, Opti
 from cauc_dist.prepare import prepare
 from cauc_dist.store.reader import Store
 from cauc_dist.stream.plan import Plan, split
-from cauc_dist.train import NonFinite, build_model, main, non_finite_message
+from cauc_dist.train import Step, build_model, main, non_finite
 
 
 def config(store: Path, run: Path, **changes: object) -> RunConfig:
@@ -203,12 +203,11 @@ def test_a_loss_that_is_not_finite_ends_with_code_3_and_names_the_step(
 
 
 def test_the_message_of_a_non_finite_loss_names_the_subjects_of_those_rows() -> None:
-    import numpy as np
-
-    message = non_finite_message(7, "0,2", np.array([5, 1, 3]), ["a", "b", "c", "d", "e", "f"])
-    assert message.startswith("the loss at step 7 is not finite: embeddings of f, d are not finite")
-    assert "all embeddings are finite" in non_finite_message(7, "", np.array([5]), ["a"])
-    assert issubclass(NonFinite, RuntimeError)
+    step = Step(number=7, epoch=0, lr=0.1, ids=("f", "b", "d"), y=torch.zeros(3, 1))
+    z = torch.zeros(2, 3, 4)
+    assert "all embeddings are finite, the loss is not" in non_finite(step, z)
+    z[0, 0, 1], z[1, 2, 3] = float("nan"), float("inf")
+    assert non_finite(step, z).startswith("the loss at step 7 is not finite: embeddings of f, d are not finite")
 
 
 def test_no_decay_on_norms_and_biases_and_every_parameter_in_one_group() -> None:
