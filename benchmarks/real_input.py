@@ -3,8 +3,8 @@
     python benchmarks/real_input.py hippocampus --folds 1 --out benchmarks/results/DATE-hippocampus.json
     python benchmarks/real_input.py ixi50 --folds 5 --out benchmarks/results/DATE-ixi50.json
 
-Needs $CAUC_DATA. Works in --work; a run that is there already is not trained again, so that a study can be stopped.
-A method's error of a subject is its mean over seeds; subjects of all folds are pooled; intervals are bootstraps over
+Needs $CAUC_DATA. Works in --work, so that a study can be stopped and gone on with.
+A run that was trained is not trained again, only probed. A method's error of a subject is its mean over seeds; subjects of all folds are pooled; intervals are bootstraps over
 subjects, differences paired with the untrained encoder of the same seeds.
 """
 
@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from cauc_dist import elastic, recipes
+from cauc_dist import elastic, journal, recipes
 from cauc_dist.prepare import prepare
-from cauc_dist.probe import Table, interval, probe
+from cauc_dist.probe import Score, Table, interval, probe
 from cauc_dist.provenance import provenance
 from cauc_dist.store.ingest import ingest
 
@@ -35,49 +35,58 @@ def one(study: str, method: str, seed: int, fold: int, work: Path, ranks: int) -
     """Train (unless done) and probe one run; raw voxels depend on the fold alone and are probed with seed 0."""
     name = f"{study}_{method}"
     folder = work / f"{name}-seed{seed}-fold{fold}"
-    table = folder / "probe.json"
-    if table.exists():
-        return Table.from_json(table.read_text())
-    recipe = recipes.get(name)
-    data = dataclasses.replace(recipe.data, store=work / f"{study}.zarr", fold=fold)
     if not folder.exists():
+        recipe = recipes.get(name)
+        data = dataclasses.replace(recipe.data, store=work / f"{study}.zarr", fold=fold)
         prepare(dataclasses.replace(recipe, run=folder, seed=seed, data=data), ranks)
-    if elastic.start(ranks, str(folder)) != 0:
+    ended = any(event["event"] == "end" for event in journal.read(folder))
+    if not ended and elastic.start(ranks, str(folder)) != 0:
         sys.exit(f"{folder} failed")
-    found = probe([folder], voxels=seed == 0)
-    table.write_text(found.to_json())
-    return found
+    return probe([folder], voxels=seed == 0)
 
 
 def pooled(tables: dict[tuple[str, int, int], Table], seeds: int, folds: int) -> dict[str, dict[str, Any]]:
-    """By method and column: mean error with its interval, spread over seeds, gain over the untrained encoder."""
+    """By method and column: error with its interval, spread over seeds, gain over the untrained encoder."""
     first = next(iter(tables.values()))
-    errors = {
-        (row, column): np.stack(
-            [np.concatenate([errors_of(tables, row, s, f, column) for f in range(folds)]) for s in range(seeds)]
-        )
-        for row in ("raw voxels", "untrained", *METHODS)
-        for column in first.columns
-    }  # (seeds, subjects)
     summary: dict[str, dict[str, Any]] = {}
-    for (row, column), e in errors.items():
-        mean, gain = e.mean(0), errors["untrained", column].mean(0) - e.mean(0)
-        summary.setdefault(row, {})[column] = {
-            "error": mean.mean(),
-            "interval": interval(len(mean), lambda rows, m=mean: m[rows].mean(-1)),
-            "sd_over_seeds": e.mean(1).std(ddof=1) if seeds > 1 and row != "raw voxels" else None,
-            "gain_over_untrained": gain.mean(),
-            "gain_interval": interval(len(gain), lambda rows, g=gain: g[rows].mean(-1)),
-        }
+    for column in first.columns:
+        category = first.scores["untrained"][column].metric != "MAE"
+        truth = np.concatenate([held_out(tables, "untrained", 0, f, column).truth for f in range(folds)])
+
+        def error(e: np.ndarray, y: np.ndarray, category: bool = category) -> np.ndarray:
+            """Of subjects (..., n): the mean absolute error, or one minus the balanced accuracy."""
+            if not category:
+                return e.mean(-1)
+            per_class = [np.where(y == c, e, 0).sum(-1) / np.maximum((y == c).sum(-1), 1) for c in np.unique(y)]
+            return np.mean(per_class, axis=0)
+
+        def of(row: str, column: str = column) -> np.ndarray:
+            """(seeds, subjects), the subjects of all folds one after the other."""
+            by_fold = [[held_out(tables, row, s, f, column).errors for f in range(folds)] for s in range(seeds)]
+            return np.stack([np.concatenate(errors) for errors in by_fold])
+
+        base = of("untrained").mean(0)
+        for row in ("raw voxels", "untrained", *METHODS):
+            e = of(row)
+            mean = e.mean(0)
+            summary.setdefault(row, {})[column] = {
+                "error": error(mean, truth),
+                "interval": interval(len(mean), lambda rows, m=mean, y=truth, f=error: f(m[rows], y[rows])),
+                "sd_over_seeds": error(e, truth).std(ddof=1) if seeds > 1 and row != "raw voxels" else None,
+                "gain_over_untrained": error(base, truth) - error(mean, truth),
+                "gain_interval": interval(
+                    len(mean), lambda rows, m=mean, b=base, y=truth, f=error: f(b[rows], y[rows]) - f(m[rows], y[rows])
+                ),
+            }
     return summary
 
 
-def errors_of(tables: dict[tuple[str, int, int], Table], row: str, seed: int, fold: int, column: str) -> np.ndarray:
-    """Per-subject errors of one row; the baselines are read from the first method's table."""
+def held_out(tables: dict[tuple[str, int, int], Table], row: str, seed: int, fold: int, column: str) -> Score:
+    """One row's score; the baselines are read from the first method's table."""
     if row in METHODS:
         table = tables[row, seed, fold]
-        return np.array(table.scores[next(iter(table.scores))][column].errors)
-    return np.array(tables[METHODS[0], 0 if row == "raw voxels" else seed, fold].scores[row][column].errors)
+        return table.scores[next(iter(table.scores))][column]
+    return tables[METHODS[0], 0 if row == "raw voxels" else seed, fold].scores[row][column]
 
 
 def markdown(summary: dict[str, dict[str, Any]], chance: dict[str, float]) -> str:
@@ -118,12 +127,14 @@ def main() -> None:
     }
     summary = pooled(tables, a.seeds, a.folds)
     per_fold = [tables[METHODS[0], 0, f].chance for f in range(a.folds)]
-    chance = {c: float(np.mean([fold[c] for fold in per_fold])) for c in per_fold[0]}
+    metrics = {c: s.metric for c, s in tables[METHODS[0], 0, 0].scores["untrained"].items()}
+    means = {c: float(np.mean([fold[c] for fold in per_fold])) for c in metrics}
+    chance = {c: means[c] if metrics[c] == "MAE" else 1 - means[c] for c in metrics}
     runs = [{"method": m, "seed": s, "fold": f, "table": json.loads(t.to_json())} for (m, s, f), t in tables.items()]
     record = {**made_by, "ranks": a.ranks, "summary": summary, "chance": chance, "runs": runs}
     a.out.write_text(json.dumps(record, indent=1) + "\n")
     print(markdown(summary, chance))
-    print("error: mean absolute error of numbers, share of mistakes for categories; [95 % bootstrap over subjects];")
+    print("error: mean absolute error of numbers, 1 - balanced accuracy of categories; [95 % bootstrap over subjects];")
     print("better/worse: than the untrained encoder, paired 95 % interval")
 
 

@@ -43,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}. Check the path, its permissions and the disk.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; `cauc resume RUN` goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -145,10 +148,14 @@ class Resume:
 def _resume(arguments: Sequence[str]) -> int:
     options = _parse(Resume, "resume", arguments)
     _at_least_one(options.ranks)
-    from cauc_dist.prepare import check, load
+    from cauc_dist import checkpoint
+    from cauc_dist.prepare import check, check_store, load
+    from cauc_dist.train import architecture
 
     run = load(options.run)
-    check(run, options.ranks)
+    store = check(run, options.ranks)
+    check_store(options.run, store)
+    checkpoint.latest(options.run, architecture(run, store.shape))  # refuse here, once, not on every rank
     return _start(options.run, options.ranks, run.engine.threads)
 
 
@@ -178,6 +185,7 @@ class Probe:
 def _probe(arguments: Sequence[str]) -> int:
     options = _parse(Probe, "probe", arguments)
     runs = _some(options.runs)
+    _writable(options.out)
     from cauc_dist.probe import probe
 
     table = probe(runs, options.columns, voxels=options.voxels, say=_say)
@@ -198,11 +206,18 @@ class Report:
 
 def _report(arguments: Sequence[str]) -> int:
     options = _parse(Report, "report", arguments)
+    _writable(options.out)
     from cauc_dist.report import report
 
     report(_some(options.runs), options.out, options.table)
     print(f"wrote {options.out}")
     return 0
+
+
+def _writable(out: Path | None) -> None:
+    """Refuse a place that does not exist before the work, not after it."""
+    if out is not None and not out.absolute().parent.is_dir():
+        raise BadInput(f"no folder {out.absolute().parent}", wanted="a folder to write into", do="make it first")
 
 
 def _some(runs: tuple[Path, ...]) -> tuple[Path, ...]:
@@ -225,6 +240,7 @@ class Demo:
 
 def _demo(arguments: Sequence[str]) -> int:
     options = _parse(Demo, "demo", arguments)
+    _at_least_one(options.ranks)
     from cauc_dist.demo import demo
 
     return demo(**dataclasses.asdict(options), say=_say)

@@ -10,8 +10,9 @@ from cauc_dist.errors import BadInput
 from cauc_dist.prepare import prepare
 from cauc_dist.probe import Table, probe
 from cauc_dist.progress import Counter
-from cauc_dist.report import report
+from cauc_dist.report import need_matplotlib, report
 from cauc_dist.store.ingest import ingest
+from cauc_dist.stream.plan import per_rank
 
 METHODS = ("demo_simclr", "demo_yaware", "demo_cauc")
 
@@ -23,6 +24,7 @@ def demo(folder: Path, *, subjects: int, size: int, ranks: int, seed: int, say: 
     """
     if folder.exists():
         raise BadInput(f"{folder} exists", wanted="a new folder", do="remove it, or choose another with --folder")
+    _check(subjects, size, ranks)
     began = time.perf_counter()
 
     def stage(number: int, text: str) -> None:
@@ -52,6 +54,16 @@ def demo(folder: Path, *, subjects: int, size: int, ranks: int, seed: int, say: 
     say(f"\n{table}\n\n{verdict(table)}")
     say(f"{folder / 'report.html'} has the curves ({time.perf_counter() - began:.0f} s in all)")
     return 0
+
+
+def _check(subjects: int, size: int, ranks: int) -> None:
+    """Refuse before the first minute of work what would be refused after it."""
+    batch_size = recipes.get(METHODS[0]).batch_size
+    per_rank(batch_size, ranks)
+    for name, value, least in (("subjects", subjects, 2 * batch_size), ("size", size, 16)):
+        if value < least:
+            raise BadInput(f"--{name} {value}", wanted=f"{least} or more", do=f"leave --{name} out for the default")
+    need_matplotlib()
 
 
 def verdict(table: Table) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from cauc_dist.objective import Objective
 from cauc_dist.provenance import provenance
 from cauc_dist.store.reader import Store
 from cauc_dist.stream.plan import Plan, split
+from cauc_dist.world import World
 
 CONFIG, PROVENANCE = "config.json", "provenance.json"
 
@@ -55,22 +57,60 @@ def prepare(run: RunConfig, ranks: int) -> Path:
 
 def check(run: RunConfig, ranks: int) -> Store:
     """Everything that can be known to be wrong before training: settings, store, columns, split, batch size."""
-    for name, value, least in (
-        ("seed", run.seed, 0),
-        ("epochs", run.epochs, 1),
-        ("augment.views", run.augment.views, 2),
-    ):
-        if value < least:
-            raise BadInput(f"{name} {value}", wanted=f"{least} or more", do=f"set --{name}")
+    _check_numbers(run)
+    World().device(run.engine.device)
     store = Store.open(run.data.store)
     train, _ = split(store.subjects, run.data.folds, run.data.fold)
     Objective(run.objective, torch.from_numpy(store.metadata(run.objective.columns)[train]))
     store.require(run.objective.columns, train)
+    _check_kernel(run, store)
     Plan(train, run.batch_size, run.seed).rank_batch(0, 0, ranks)
     with torch.device("meta"):  # no memory, no time: only whether it fits
         encoders.build(run.encoder, store.shape)
     augment.check(run.augment, store.shape)
     return store
+
+
+def _check_numbers(run: RunConfig) -> None:
+    """Refuse what would fail, or delete its own checkpoints, only after hours."""
+    least: dict[str, float] = {
+        "seed": 0,
+        "epochs": 1,
+        "batch_size": 2,
+        "augment.views": 2,
+        "data.threads": 1,
+        "data.prefetch": 1,
+        "projector.hidden": 1,
+        "projector.out": 1,
+        "objective.tau": 1e-6,
+        "objective.t": 1e-6,
+        "objective.alpha": 1e-6,
+        "optim.lr": 0,
+        "optim.weight_decay": 0,
+        "optim.warmup_epochs": 0,
+        "optim.clip_norm": 0,
+        "engine.threads": 0,
+        "checkpoint.every_epochs": 1,
+        "checkpoint.keep": 1,
+    }
+    for name, bound in least.items():
+        value = operator.attrgetter(name)(run)
+        if not value >= bound:  # NaN too
+            option = name.replace("_", "-")
+            raise BadInput(f"{name} {value}", wanted=f"{bound:g} or more", do=f"set --{option} to that")
+
+
+def _check_kernel(run: RunConfig, store: Store) -> None:
+    """A distance between category codes means nothing: M is not one more than F."""
+    kinds = {column.name: column for column in store.columns}
+    for spec in run.objective.kernel:
+        name, kind = spec.split(":")[:2]
+        if kinds[name].kind == "category" and kind != "delta":
+            raise BadInput(
+                f"kernel {spec} on {name}, a column of texts ({', '.join(kinds[name].levels[:5])})",
+                wanted="a column of numbers, or the delta kernel",
+                do=f"use {name}:delta",
+            )
 
 
 def load(folder: Path) -> RunConfig:
@@ -85,7 +125,10 @@ def load(folder: Path) -> RunConfig:
 
 def check_store(folder: Path, store: Store) -> None:
     """Refuse to go on with a run on other data than it began with."""
-    began = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["fingerprint"]
+    path = folder / PROVENANCE
+    if not path.exists():
+        raise BadInput(f"no {PROVENANCE} in {folder}", wanted="a whole run folder", do="restore it, or start a new run")
+    began = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
     if store.fingerprint != began:
         raise BadInput(
             f"store {store.path} has the fingerprint {store.fingerprint[:12]}",

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cauc_dist import checkpoint
+from cauc_dist.checkpoint import Saved
 from cauc_dist.config import RunConfig
 from cauc_dist.errors import BadInput
 from cauc_dist.prepare import check_store, load
@@ -24,6 +25,7 @@ from cauc_dist.store.reader import Store
 from cauc_dist.stream.loader import Normalise, chunks
 from cauc_dist.stream.plan import split
 from cauc_dist.train import architecture, build_model
+from cauc_dist.world import World
 
 Array = NDArray[np.float64]
 BOOTSTRAPS = 10_000
@@ -34,8 +36,8 @@ VOXEL_BYTES = 4 << 30  # raw voxels are probed where all of them fit in this
 class Score:
     """One probe of one column: the headline `value` (MAE, or balanced accuracy) with its 95 % interval.
 
-    `errors` are per held-out subject (absolute error, or 1 = wrong), in the order of `Table.subjects`; `detail`
-    holds the other metrics.
+    `errors` are per held-out subject whose value is known (absolute error, or 1 = wrong), `truth` its value, in the
+    order of the store; `detail` holds the other metrics.
     """
 
     metric: str
@@ -44,11 +46,23 @@ class Score:
     high: float
     detail: dict[str, float]
     errors: list[float]
+    truth: list[float]
+
+    def compare(self, other: "Score") -> tuple[float, float, float]:
+        """By how much this is better than `other` in its own metric, and the paired 95 % bootstrap interval of that."""
+        ours, theirs, truth = np.array(self.errors), np.array(other.errors), np.array(self.truth)
+
+        def gain(rows: NDArray[np.int64]) -> Array:
+            if self.metric == "MAE":
+                return (theirs - ours)[rows].mean(-1)  # type: ignore[no-any-return]
+            return _balanced_accuracy(truth[rows], ours[rows]) - _balanced_accuracy(truth[rows], theirs[rows])
+
+        return float(gain(np.arange(len(ours))[None])[0]), *interval(len(ours), gain)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Scores by method and column, all on the same held-out subjects of one store."""
+    """Scores by method and column, all on the same held-out subjects of one store; `steps` of training by method."""
 
     store: str
     fingerprint: str
@@ -57,18 +71,14 @@ class Table:
     columns: tuple[str, ...]
     chance: dict[str, float]
     scores: dict[str, dict[str, Score]]
+    steps: dict[str, int]
 
     def difference(self, method: str, other: str, column: str) -> tuple[float, float, float]:
-        """Mean of error(other) - error(method) over held-out subjects, with its paired 95 % bootstrap interval.
-
-        An interval above 0: `method` is better. For a category the errors are plain mistakes.
-        """
-        gain = np.subtract(self.scores[other][column].errors, self.scores[method][column].errors)
-        low, high = interval(len(gain), lambda rows: gain[rows].mean(-1))
-        return float(gain.mean()), low, high
+        """By how much `method` is better than `other` in the column's metric, with its paired 95 % interval."""
+        return self.scores[method][column].compare(self.scores[other][column])
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Table":
@@ -95,9 +105,9 @@ class Table:
 
     def _cell(self, method: str, column: str) -> str:
         s = self.scores[method][column]
-        star = (
-            "untrained" in self.scores and method != "untrained" and self.difference(method, "untrained", column)[1] > 0
-        )
+        # Below ten held-out subjects an interval is no ground for a mark.
+        marked = "untrained" in self.scores and method != "untrained" and len(s.errors) >= 10
+        star = marked and self.difference(method, "untrained", column)[1] > 0
         return f"{s.value:.3g} [{s.low:.3g}, {s.high:.3g}]{'*' if star else ''}"
 
 
@@ -110,7 +120,7 @@ def probe(
 ) -> Table:
     """Probe runs of one store and one split, beside an untrained encoder and (where they fit) raw voxels.
 
-    `columns`: default all of the store's that vary. The table's rows are named after the runs' configurations.
+    `columns`: default all of the store's that can be probed. The table's rows are named after the runs' configurations.
     """
     configs = [load(run) for run in runs]
     store = _one_store(configs)
@@ -119,53 +129,92 @@ def probe(
         raise BadInput(
             "data.folds is 1: nobody is held out", wanted="held-out subjects", do="train with --data.folds 4"
         )
-    names = tuple(columns) or varying(store, train)
-    store.require(names, train)
-    y, kinds = store.metadata(names), [next(c for c in store.columns if c.name == n) for n in names]
-    rows = np.concatenate([train, test])
+    kinds = choose(store, columns, train, test, say)
+    y = store.metadata([c.name for c in kinds])
+    rows, n = np.concatenate([train, test]), len(train)
     scores: dict[str, dict[str, Score]] = {}
+    steps: dict[str, int] = {}
 
-    def score(method: str, features: Array) -> None:
-        fit, held = features[: len(train)], features[len(train) :]
-        scores[method] = {c.name: score_column(c, fit, y[train, k], held, y[test, k]) for k, c in enumerate(kinds)}
+    def score(method: str, x: Array) -> None:
+        scores[method] = {c.name: score_column(c, x[:n], y[train, k], x[n:], y[test, k]) for k, c in enumerate(kinds)}
 
     for config in configs:
-        say(f"probe: embedding {len(rows)} scans with {config.name}")
-        score(_name(config, configs), standardise(embed(config, store, rows), len(train)))
+        saved, name = newest(config, store, say), _name(config, configs)
+        say(f"probe: embedding {len(rows)} scans with {name}, step {saved.step}")
+        score(name, standardise(embed(config, store, rows, saved), n))
+        steps[name] = saved.step
     say("probe: the untrained encoder")
-    score("untrained", embed(configs[0], store, rows, trained=False))
+    score("untrained", standardise(embed(configs[0], store, rows, None), n))
     if voxels and 4 * len(rows) * int(np.prod(store.shape)) <= VOXEL_BYTES:
         say("probe: raw voxels")
-        score("raw voxels", voxel_features(store, rows, len(train), configs[0].data.normalise))
+        score("raw voxels", voxel_features(store, rows, n, configs[0].data.normalise))
     chance = {c.name: _chance(c, y[train, k], y[test, k]) for k, c in enumerate(kinds)}
-    return Table(store.path.name, store.fingerprint, len(train), len(test), names, chance, scores)
+    names = tuple(c.name for c in kinds)
+    return Table(store.path.name, store.fingerprint, n, len(test), names, chance, scores, steps)
 
 
-def varying(store: Store, rows: NDArray[np.int64]) -> tuple[str, ...]:
-    """The columns with two values or more among those rows; of the categories those with two rows or more a value."""
+def choose(
+    store: Store,
+    wanted: Sequence[str],
+    train: NDArray[np.int64],
+    test: NDArray[np.int64],
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Column]:
+    """The columns to probe: those asked for, or all that can be; one that cannot is refused, or named and left out."""
     found = []
-    for column in store.columns:
-        values = store.metadata([column.name])[rows, 0]
-        counts = np.unique(values[~np.isnan(values)], return_counts=True)[1]
-        if len(counts) > 1 and (column.kind == "number" or counts.min() > 1):
-            found.append(column.name)
-    return tuple(found)
+    columns = {c.name: c for c in store.columns}
+    store.metadata(wanted)  # an unknown name is refused with the nearest
+    for name in wanted or columns:
+        reason = _unfit(columns[name], store.metadata([name])[:, 0], train, test)
+        if reason and wanted:
+            raise BadInput(f"column {name}: {reason}", wanted="a column that can be probed", do="choose with --columns")
+        if reason:
+            say(f"probe: column {name} is left out: {reason}")
+        else:
+            found.append(columns[name])
+    if not found:
+        raise BadInput(
+            f"no column of {store.path} can be probed", wanted="one that varies", do="add it and ingest again"
+        )
+    return found
+
+
+def _unfit(column: Column, y: Array, train: NDArray[np.int64], test: NDArray[np.int64]) -> str:
+    """Why a column cannot be probed; empty where it can."""
+    values, counts = np.unique(y[train][~np.isnan(y[train])], return_counts=True)
+    if len(values) < 2:
+        return "fewer than two values among the training subjects"
+    if np.isnan(y[test]).all():
+        return "no value among the held-out subjects"
+    if column.kind == "category" and counts.min() < 2:
+        return f"one training subject has {column.levels[int(values[counts.argmin()])]!r}, two are needed of each"
+    return ""
 
 
 def _one_store(configs: Sequence[RunConfig]) -> Store:
-    first = configs[0].data
+    first = configs[0]
     for config in configs[1:]:
-        if (config.data.store, config.data.folds, config.data.fold) != (first.store, first.folds, first.fold):
+        if _held_out(config) != _held_out(first):
             raise BadInput(
-                f"{config.run} and {configs[0].run} differ in store or fold",
+                f"{config.run} and {first.run} differ in store or fold",
                 wanted="runs with the same held-out subjects",
                 do="probe them one by one",
             )
-    store = Store.open(first.store)
+        if config.encoder != first.encoder:
+            raise BadInput(
+                f"{config.run} and {first.run} have different encoders",
+                wanted="runs that one untrained encoder is the baseline of",
+                do="probe them one by one",
+            )
+    store = Store.open(first.data.store)
     for config in configs:
         assert config.run is not None
         check_store(config.run, store)
     return store
+
+
+def _held_out(config: RunConfig) -> tuple[Path, int, int]:
+    return config.data.store, config.data.folds, config.data.fold
 
 
 def _name(config: RunConfig, configs: Sequence[RunConfig]) -> str:
@@ -174,25 +223,31 @@ def _name(config: RunConfig, configs: Sequence[RunConfig]) -> str:
     return config.name if twins == 1 else f"{config.name} ({config.run.name})"
 
 
+def newest(config: RunConfig, store: Store, say: Callable[[str], None] = lambda line: None) -> Saved:
+    """The newest sound checkpoint of a run; what is damaged is said."""
+    assert config.run is not None
+    saved, complaints = checkpoint.latest(config.run, architecture(config, store.shape))
+    for line in complaints:
+        say(line)
+    if saved is None:
+        raise BadInput(f"no sound checkpoint in {config.run}", wanted="a trained run", do=f"`cauc resume {config.run}`")
+    return saved
+
+
 @torch.no_grad()
-def embed(config: RunConfig, store: Store, rows: NDArray[np.int64], *, trained: bool = True, chunk: int = 32) -> Array:
+def embed(config: RunConfig, store: Store, rows: NDArray[np.int64], saved: Saved | None, *, chunk: int = 32) -> Array:
     """Representations h (before the projector) of those scans, in that order: (len(rows), width) float64.
 
-    `trained=False` gives the same architecture with the weights that the run began from.
+    With the weights of a checkpoint; None: those that the run began from.
     """
-    assert config.run is not None
     torch.set_num_threads(config.engine.threads or len(os.sched_getaffinity(0)))
-    device = torch.device("cuda" if torch.cuda.is_available() and config.engine.device != "cpu" else "cpu")
+    device = World().device("cpu" if config.engine.device == "cpu" else "auto")
     model = build_model(config, store.shape)
-    if trained:
-        saved, _ = checkpoint.latest(config.run, architecture(config, store.shape))
-        if saved is None:
-            raise BadInput(
-                f"no sound checkpoint in {config.run}", wanted="a trained run", do=f"`cauc resume {config.run}`"
-            )
+    if saved is not None:
         checkpoint.load_module(model, saved.tensors)
     encoder = model.encoder.to(device).eval()
-    h: list[Tensor] = [encoder(x.to(device)).cpu() for x in chunks(store, rows, chunk, normalise=config.data.normalise)]
+    parts = chunks(store, rows, chunk, normalise=config.data.normalise)
+    h: list[Tensor] = [encoder(x.to(device)).cpu() for x in parts]
     return torch.cat(h).double().numpy()
 
 
@@ -225,9 +280,11 @@ def _regress(x: Array, y: Array, x_test: Array, y_test: Array) -> Score:
     predicted = RidgeCV(np.logspace(-3, 6, 28)).fit(x, y).predict(x_test)
     errors = np.abs(predicted - y_test)
     low, high = interval(len(errors), lambda rows: errors[rows].mean(-1))
-    r = float(np.corrcoef(predicted, y_test)[0, 1]) if np.std(predicted) > 0 else 0.0
-    detail = {"r2": float(1 - np.mean(errors**2) / np.var(y_test)), "r": r}
-    return Score("MAE", float(errors.mean()), low, high, detail, errors.tolist())
+    detail = {}
+    if np.var(y_test) > 0:
+        detail["r2"] = float(1 - np.mean(errors**2) / np.var(y_test))
+        detail["r"] = float(np.corrcoef(predicted, y_test)[0, 1]) if np.std(predicted) > 0 else 0.0
+    return Score("MAE", float(errors.mean()), low, high, detail, errors.tolist(), y_test.tolist())
 
 
 def _classify(x: Array, y: Array, x_test: Array, y_test: Array) -> Score:
@@ -235,8 +292,6 @@ def _classify(x: Array, y: Array, x_test: Array, y_test: Array) -> Score:
     from sklearn.model_selection import GridSearchCV
 
     smallest = int(np.unique(y, return_counts=True)[1].min())
-    if smallest < 2:
-        raise BadInput("a category with one training subject", wanted="two or more of each", do="choose with --columns")
     grid = {"C": np.logspace(-4, 2, 7)}
     # Log loss, not accuracy: with tens of subjects a fold, accuracies tie and the choice among them is chance.
     search = GridSearchCV(LogisticRegression(max_iter=2000), grid, scoring="neg_log_loss", cv=min(5, smallest))
@@ -245,7 +300,7 @@ def _classify(x: Array, y: Array, x_test: Array, y_test: Array) -> Score:
     low, high = interval(len(wrong), lambda rows: _balanced_accuracy(y_test[rows], wrong[rows]))
     detail = {"accuracy": float(1 - wrong.mean()), **_auc(y_test, search.predict_proba(x_test), search.classes_)}
     value = float(_balanced_accuracy(y_test[None], wrong[None])[0])
-    return Score("balanced acc.", value, low, high, detail, wrong.tolist())
+    return Score("balanced acc.", value, low, high, detail, wrong.tolist(), y_test.tolist())
 
 
 def _auc(y: Array, p: Array, classes: Array) -> dict[str, float]:

@@ -24,10 +24,10 @@ def provenance() -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and whether the tree differs from it; None outside a checkout (an installed wheel)."""
+    """Commit and whether the tree differs from it; None where git does not keep that folder's files (a wheel)."""
     commit = _git(folder, "rev-parse", "HEAD")
-    if commit is None:
-        return None
+    if commit is None or not _git(folder, "ls-files", "."):
+        return None  # a venv inside somebody's own project is not its code
     return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import importlib.util
 import io
 import json
 from collections.abc import Sequence
@@ -37,7 +38,11 @@ pre { overflow-x: auto; font-size: .8rem; }
 
 def report(runs: Sequence[Path], out: Path, table: Path | None = None) -> None:
     """Write the page; `table` is the JSON of a probe, by default probe.json of the first run where it exists."""
-    events = {run.name: _events(run) for run in runs}
+    need_matplotlib()
+    names = [run.name for run in runs]
+    events = {run.name if names.count(run.name) == 1 else str(run): _events(run) for run in runs}
+    if table is not None and not table.exists():
+        raise BadInput(f"no table {table}", wanted="a file that `cauc probe --out` wrote", do="check the path")
     table = table or runs[0] / "probe.json"
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>",
@@ -52,6 +57,12 @@ def report(runs: Sequence[Path], out: Path, table: Path | None = None) -> None:
         "</body></html>\n",
     ]
     out.write_text("\n".join(filter(None, parts)), encoding="utf-8")
+
+
+def need_matplotlib() -> None:
+    """BadInput where the extra that draws the curves is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise BadInput("no matplotlib", wanted="the extra `report`", do="pip install 'cauc-dist[report]'")
 
 
 def _events(run: Path) -> list[dict[str, Any]]:

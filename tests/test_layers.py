@@ -72,8 +72,8 @@ def imports(path: Path) -> Iterator[tuple[str, str, bool]]:
     tree = ast.parse(path.read_text())
     top = set(map(id, tree.body))
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            package, _, rest = node.module.partition(".")
+        if isinstance(node, ast.ImportFrom):
+            package, _, rest = ("" if node.level else node.module or "").partition(".")
             for alias in node.names:
                 yield package, ".".join(filter(None, [rest, alias.name])), id(node) in top
         elif isinstance(node, ast.Import):
@@ -102,6 +102,8 @@ def violations(root: Path) -> list[str]:
         for package, rest, top in imports(path):
             if package == "cauc_dist" and target(rest) != me and level[target(rest)] >= level[me]:
                 wrong.append(f"{me} imports {target(rest)}")
+            if not package:
+                wrong.append(f"{me} imports relatively")
             if package in OWNERS and me not in OWNERS[package]:
                 wrong.append(f"{me} imports {package}")
             if package == "torch" and top and me in NO_TORCH:
@@ -120,6 +122,7 @@ def test_every_module_imports_only_from_layers_above_its_own() -> None:
         ("import deepspeed", "config imports deepspeed"),
         ("def f():\n    from cauc_dist.cli import main", "config imports cli"),
         ("import torch", "config imports torch at module level"),
+        ("from .train import train", "config imports relatively"),
     ],
 )
 def test_the_layer_test_catches_an_upward_import(

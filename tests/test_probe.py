@@ -118,9 +118,10 @@ def test_balanced_accuracy_of_resamples_is_sklearns() -> None:
 
 def table(**errors: list[float]) -> Table:
     scores = {
-        m.replace("_", " "): {"age": Score("MAE", float(np.mean(e)), 0, 1, {"r2": 0.5}, e)} for m, e in errors.items()
+        m.replace("_", " "): {"age": Score("MAE", float(np.mean(e)), 0, 1, {"r2": 0.5}, e, e)}
+        for m, e in errors.items()
     }
-    return Table("store.zarr", "f" * 64, 30, 4, ("age",), {"age": 9.0}, scores)
+    return Table("store.zarr", "f" * 64, 30, 4, ("age",), {"age": 9.0}, scores, {"ours": 7})
 
 
 def test_a_comparison_is_paired_over_subjects() -> None:
@@ -131,7 +132,8 @@ def test_a_comparison_is_paired_over_subjects() -> None:
 
 
 def test_a_star_marks_what_is_better_than_untrained() -> None:
-    text = str(table(ours=[1.0, 2.0], untrained=[5.0, 6.0], raw_voxels=[1.0, 9.0]))
+    assert "*" not in str(table(ours=[1.0, 2.0], untrained=[5.0, 6.0])).splitlines()[2]  # two subjects are no ground
+    text = str(table(ours=[1.0, 2.0] * 5, untrained=[5.0, 6.0] * 5, raw_voxels=[1.0, 9.0] * 5))
     lines = {line.split("  ")[0]: line for line in text.splitlines()}
     assert lines["ours"].endswith("*")
     assert not lines["raw voxels"].endswith("*")
@@ -161,10 +163,11 @@ def test_embeddings_come_in_the_order_of_their_rows(run: Path, store: Path) -> N
 
     config, opened = load(run), Store.open(store)
     rows = np.arange(24)
-    straight, mixed = probe.embed(config, opened, rows), probe.embed(config, opened, rows[::-1], chunk=5)
+    saved = probe.newest(config, opened)
+    straight, mixed = probe.embed(config, opened, rows, saved), probe.embed(config, opened, rows[::-1], saved, chunk=5)
     assert straight.shape == (24, 32)
     assert mixed[::-1] == pytest.approx(straight, rel=1e-4, abs=1e-5)
-    untrained = probe.embed(config, opened, rows, trained=False)
+    untrained = probe.embed(config, opened, rows, None)
     assert np.abs(untrained - straight).max() > 1e-3
 
 
@@ -214,7 +217,75 @@ def test_a_run_without_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
         probe.probe([other])
 
 
-def test_a_category_with_one_training_subject_is_refused() -> None:
-    x, y = RNG.normal(size=(10, 2)), np.array([0.0] * 7 + [1.0] + [0, 1])
-    with pytest.raises(BadInput, match="a category with one training subject"):
-        probe.score_column(SEX, x[:8], y[:8], x[8:], y[8:])
+def test_runs_of_different_encoders_have_no_common_baseline(run: Path, tmp_path: Path) -> None:
+    other = copy_with(run, tmp_path / "b", '"width": 2', '"width": 4')
+    with pytest.raises(BadInput, match=r"have different encoders"):
+        probe.probe([run, other])
+
+
+def test_a_run_whose_weights_are_the_initial_ones_scores_as_untrained(run: Path, store: Path, tmp_path: Path) -> None:
+    """The baseline goes through the same scaling and penalties as what it is compared with."""
+    from cauc_dist import checkpoint
+    from cauc_dist.prepare import load
+    from cauc_dist.train import build_model
+
+    other = copy_with(run, tmp_path / "b", '"fold": 0', '"fold": 0')
+    saved, _ = checkpoint.latest(other)
+    assert saved is not None
+    initial = build_model(load(other), Store.open(store).shape)
+    tensors = {**saved.tensors, **{f"parameter/{name}": p for name, p in initial.named_parameters()}}
+    checkpoint.save(other, saved.step + 1, tensors, {k: v for k, v in saved.card.items() if k != "step"}, keep=1)
+    found = probe.probe([other], voxels=False)
+    assert found.scores["demo_cauc"] == found.scores["untrained"]
+    assert found.steps == {"demo_cauc": saved.step + 1}
+
+
+def test_a_damaged_newest_checkpoint_is_said(run: Path, store: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from cauc_dist.prepare import load
+
+    other = copy_with(run, tmp_path / "b", '"fold": 0', '"fold": 0')
+    (newest,) = sorted((other / "checkpoints").iterdir())[-1:]
+    shutil.copytree(newest, newest.with_name("step-00009999"))
+    (newest.with_name("step-00009999") / "state.safetensors").write_bytes(b"cut")
+    said: list[str] = []
+    assert probe.newest(load(other), Store.open(store), said.append).path == newest
+    assert "step-00009999 is damaged" in said[0]
+
+
+def column_reason(values: list[float], column: Column = AGE) -> str:
+    return probe._unfit(column, np.array(values), np.arange(4), np.arange(4, 6))
+
+
+def test_a_column_that_cannot_be_probed_says_why() -> None:
+    nan = float("nan")
+    assert column_reason([1, 2, 3, 4, 5, 6]) == ""
+    assert column_reason([1, 1, 1, nan, 5, 6]) == "fewer than two values among the training subjects"
+    assert column_reason([1, 2, 3, 4, nan, nan]) == "no value among the held-out subjects"
+    assert column_reason([0, 0, 0, 1, 0, 1], SEX) == "one training subject has 'M', two are needed of each"
+
+
+def test_columns_that_cannot_be_probed_are_refused_when_asked_for_and_said_when_not(store: Path) -> None:
+    opened, said = Store.open(store), list[str]()
+    train, nobody = np.arange(24), np.arange(0)
+    with pytest.raises(BadInput, match=r"column age: no value among the held-out subjects"):
+        probe.choose(opened, ["age"], train, nobody)
+    with pytest.raises(BadInput, match=r"no column of .* can be probed"):
+        probe.choose(opened, [], train, nobody, said.append)
+    assert said[0] == "probe: column age is left out: no value among the held-out subjects"
+    with pytest.raises(BadInput, match=r"no column 'agee'"):
+        probe.choose(opened, ["agee"], train, nobody)
+
+
+def test_one_held_out_subject_has_no_r2() -> None:
+    score = probe.score_column(AGE, RNG.normal(size=(20, 2)), RNG.normal(size=20), np.zeros((1, 2)), np.ones(1))
+    assert score.detail == {}
+
+
+def test_a_category_is_compared_by_balanced_accuracy() -> None:
+    """Always the majority: fewer mistakes than a method that tells both classes, and yet the worse of the two."""
+    truth = [0.0] * 18 + [1.0] * 2
+    majority = Score("balanced acc.", 0.5, 0, 1, {}, [0.0] * 18 + [1.0] * 2, truth)
+    telling = Score("balanced acc.", 0.9, 0, 1, {}, [1.0] * 4 + [0.0] * 16, truth)
+    assert telling.compare(majority)[0] == pytest.approx((14 / 18 + 1) / 2 - 0.5)

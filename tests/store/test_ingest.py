@@ -444,6 +444,17 @@ def test_unreadable_files_are_refused_before_and_while_reading(tmp_path: Path) -
         refused(source, "1 of 3 scans", "sub-1: unreadable (")
 
 
+def test_any_flipped_bit_of_a_compressed_scan_is_refused(tmp_path: Path) -> None:
+    source = bids(tmp_path / "b", [noise(i) for i in range(3)])
+    scan = source / "sub-1/anat/sub-1_T1w.nii.gz"
+    whole = scan.read_bytes()
+    for at in range(20, len(whole), len(whole) // 12):  # past gzip's own header, whose time stamp nothing checks
+        flipped = bytearray(whole)
+        flipped[at] ^= 0x10
+        scan.write_bytes(flipped)
+        refused(source, "1 of 3 scans", "sub-1: unreadable (")
+
+
 def test_a_file_that_is_not_nifti_is_refused(tmp_path: Path) -> None:
     source = bids(tmp_path / "b", [noise(0)])
     surface = nib.cifti2.BrainModelAxis(
