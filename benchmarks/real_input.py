@@ -4,8 +4,9 @@
     python benchmarks/real_input.py ixi50 --folds 5 --out benchmarks/results/DATE-ixi50.json
 
 Needs $CAUC_DATA. Works in --work, so that a study can be stopped and gone on with.
-A run that was trained is not trained again, only probed. A method's error of a subject is its mean over seeds; subjects of all folds are pooled; intervals are bootstraps over
-subjects, differences paired with the untrained encoder of the same seeds.
+A run that was trained is not trained again, only probed. A method's error of a subject is its mean over seeds; the
+subjects of all folds are pooled; intervals are bootstraps over subjects, differences paired with the untrained encoder
+of the same seeds.
 """
 
 import argparse

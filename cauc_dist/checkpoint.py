@@ -35,12 +35,12 @@ class Saved:
 
 
 def save(run: Path, step: int, tensors: Mapping[str, Tensor], card: Mapping[str, Any], *, keep: int) -> Path:
-    """Write the checkpoint of `step` (number of steps done) atomically, then drop all but the newest `keep`.
+    """Write the checkpoint of `step` (steps done) atomically, then drop all but the newest `keep` (1 or more).
 
     Files are written into a temporary folder, fsynced, and the folder renamed: kill -9 at any moment leaves the
     previous checkpoint, or this one whole.
     """
-    target = run / FOLDER / f"step-{step:08d}"
+    target = run / FOLDER / name_of(step)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -55,31 +55,47 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], card: Mapping[str,
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
     _sync(target.parent)
-    for old in _found(run)[keep:]:
-        shutil.rmtree(old)
+    found = _found(run)
+    at = found.index(target)
+    # Newer ones than this were damaged, or of a life of the run that was given up: they would hide this one.
+    for other in [*found[:at], *found[at + keep :]]:
+        shutil.rmtree(other)
     return target
 
 
-def latest(run: Path, architecture: Mapping[str, Any] | None = None) -> tuple[Saved | None, list[str]]:
-    """The newest checkpoint that verifies, and one line for each newer one that did not; (None, lines) without any.
+def name_of(step: int) -> str:
+    """The folder of a checkpoint: names sort as steps do."""
+    return f"step-{step:08d}"
 
-    Raises BadInput where it holds another architecture than the one given.
+
+def latest(run: Path, expected: Mapping[str, Any] | None = None) -> tuple[Saved | None, list[str]]:
+    """The newest checkpoint that verifies, and one line for each newer one that did not; (None, []) without any.
+
+    Raises BadInput where its card differs from `expected` in one of its keys (another architecture, another seed), and
+    where checkpoints are there but none is sound: a run never starts from scratch in silence.
     """
     broken: list[str] = []
     for path in _found(run):
         try:
             saved = _load(path)
-        except (OSError, ValueError, KeyError) as error:
-            broken.append(f"checkpoint {path.name} is damaged ({error}); going back to the one before")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            broken.append(f"checkpoint {path.name} is damaged ({type(error).__name__}: {error}) and left out")
             continue
-        if architecture is not None and saved.card["architecture"] != dict(architecture):
-            raise BadInput(
-                f"{path} holds the architecture {json.dumps(saved.card['architecture'])}",
-                wanted=json.dumps(dict(architecture)),
-                do="use the recipe that made it (the run's config.json), or another run folder",
-            )
+        for key, value in (expected or {}).items():
+            if saved.card.get(key) != value:
+                raise BadInput(
+                    f"{path} holds the {key} {json.dumps(saved.card.get(key))}",
+                    wanted=json.dumps(value),
+                    do="use the configuration that made it (the run's config.json), or another run folder",
+                )
         return saved, broken
-    return None, broken
+    if broken:
+        raise BadInput(
+            "; ".join(broken),
+            wanted="one that is sound",
+            do=f"restore one, or remove {run / FOLDER} to train from scratch",
+        )
+    return None, []
 
 
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -90,6 +106,8 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def _load(path: Path) -> Saved:
     card = json.loads((path / CARD).read_text(encoding="utf-8"))
+    if path.name != name_of(card["step"]):
+        raise ValueError(f"its card says step {card['step']}")
     found = _sha256(path / STATE)
     if found != card["sha256"]:
         raise ValueError(f"sha256 of {STATE} is {found[:12]}, its card says {card['sha256'][:12]}")

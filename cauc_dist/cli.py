@@ -150,12 +150,12 @@ def _resume(arguments: Sequence[str]) -> int:
     _at_least_one(options.ranks)
     from cauc_dist import checkpoint
     from cauc_dist.prepare import check, check_store, load
-    from cauc_dist.train import architecture
+    from cauc_dist.train import card
 
     run = load(options.run)
     store = check(run, options.ranks)
     check_store(options.run, store)
-    checkpoint.latest(options.run, architecture(run, store.shape))  # refuse here, once, not on every rank
+    checkpoint.latest(options.run, card(run, store))  # refuse here, once, not on every rank
     return _start(options.run, options.ranks, run.engine.threads)
 
 

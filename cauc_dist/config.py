@@ -35,7 +35,7 @@ class Data:
 class Augment:
     """Random views of a volume; each transform is drawn independently with its probability `p_*` (0: off).
 
-    Defaults: intensities only. Order: flip, crop, scale and shift, blur, noise, cutout.
+    Defaults: intensities only. Order: flip, shift, crop, grey, intensity, blur, noise, cutout.
     """
 
     views: int = 2

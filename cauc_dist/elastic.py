@@ -1,14 +1,20 @@
 """Several ranks on this machine, through torch's elastic agent."""
 
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from cauc_dist.world import cores, loopback_interface
+
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+OWN_CODES = (2, 3)  # bad input, non-finite loss: see cauc_dist.train
 
 
 def start(ranks: int, *arguments: str, threads: int = 0) -> int:
@@ -17,6 +23,7 @@ def start(ranks: int, *arguments: str, threads: int = 0) -> int:
     The agent ends all ranks when one of them dies, and passes SIGTERM and SIGINT on. `threads` a rank; 0: the cores
     are shared out.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -31,25 +38,49 @@ def start(ranks: int, *arguments: str, threads: int = 0) -> int:
         max_restarts=0,
         monitor_interval=0.2,
     )
-    with _environment(threads or max(1, len(os.sched_getaffinity(0)) // ranks)):
+    with _environment(threads or max(1, cores() // ranks)), _signal_handlers():
         try:
             elastic_launch(config, sys.executable)("-m", "cauc_dist.train", *arguments)
         except ChildFailedError as error:
             return _exit_code(error)
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            return 128 + error.sigval
     return 0
 
 
 def _exit_code(error: "ChildFailedError") -> int:
     """The code of the rank that brought the others down; 128 + signal where a signal ended it, as a shell would say.
 
-    A rank that a signal ended takes its peers with it: they fail a moment later, on their closed sockets.
+    One rank's end is soon the end of all: peers fail on closed sockets with code 1, or the agent ends them by SIGTERM.
+    So the code that says most counts: one of ours, then a signal of another's, then any other, then SIGTERM.
     """
-    rank, first = min(error.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
-    code = first.exitcode
+    codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    rank, code = min(codes.items(), key=lambda item: _says_least(item[1]))
     if code > 0:
         return code
     print(f"rank {rank} was ended by signal {-code}; the other ranks were stopped", file=sys.stderr)
     return 128 - code
+
+
+def _says_least(code: int) -> int:
+    if code in OWN_CODES:
+        return 0
+    if code < 0:
+        return 3 if code == -signal.SIGTERM else 1
+    return 2
+
+
+@contextmanager
+def _signal_handlers() -> Iterator[None]:
+    """The agent replaces them and leaves its own: a later ctrl-C would end in its exception."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -59,8 +90,6 @@ def _environment(threads: int) -> Iterator[None]:
     By default glibc maps and unmaps every activation anew and the kernel zeroes its pages each time: a third of the
     time of a step on CPUs (docs/log.md, 2026-11-24). What the user has set stays.
     """
-    from cauc_dist.world import loopback_interface
-
     wanted = {
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": loopback_interface(),

@@ -36,7 +36,7 @@ def learning_rate(optim: Optim, step: int, steps_per_epoch: int, epochs: int) ->
     """Linear warm-up from 0 over `warmup_epochs`, then a half cosine to 0 at the end, or constant."""
     warmup = optim.warmup_epochs * steps_per_epoch
     if step < warmup:
-        return optim.lr * (step + 1) / max(1.0, warmup)
+        return optim.lr * min(1.0, (step + 1) / max(1.0, warmup))
     if optim.schedule == "constant":
         return optim.lr
     done = (step - warmup) / max(1.0, epochs * steps_per_epoch - warmup)
@@ -82,13 +82,26 @@ class Engine:
         return self._engine(x)  # type: ignore[no-any-return]
 
     def step(self, loss: Tensor, lr: float) -> float:
-        """Backward and one update at `lr`; returns the norm of the global gradient before clipping."""
+        """Backward and one update at `lr`; returns the norm of the global gradient before clipping.
+
+        FloatingPointError where that is not finite, the same on every rank. No parameter is touched: at stage 0 the
+        norm is looked at before the update, at 1-3 DeepSpeed leaves such an update out, without a word of its own.
+        """
         self._engine.backward(loss)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        norm = self._norm_of_reduced_gradients() if self._stage == 0 else None
+        if self._stage == 0:
+            norm = self._finite(self._norm_of_reduced_gradients())
+            self._engine.step()
+            return norm
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+        return self._finite(float(self._engine.get_global_grad_norm()))
+
+    @staticmethod
+    def _finite(norm: float) -> float:
+        if not 0 <= norm < math.inf:
+            raise FloatingPointError(f"the gradient's norm is {norm}")
+        return norm
 
     def _norm_of_reduced_gradients(self) -> float:
         grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
@@ -112,7 +125,8 @@ class Engine:
 
         `checkpoint.load_module` loads parameters and buffers BEFORE the engine is made: its fp32 masters are copies.
         """
-        step = tensors["optimizer/step"]
+        # The fused kernel reads the step count on its own device.
+        step = tensors["optimizer/step"].to(self.device if self.device.type == "cuda" else "cpu")
         for p in self._inner_parameters():
             self._inner.state[p] = {"step": step.clone(), **{key: torch.zeros_like(p) for key in MOMENTS}}
         self._link_moments()

@@ -13,11 +13,15 @@ FILE = "journal.jsonl"
 class Journal:
     """Appends events to RUN/journal.jsonl. A line is written whole and flushed: a killed run loses at most one.
 
-    A resumed run appends; where a step occurs twice (the run died after its last checkpoint) the later line holds.
+    A resumed run appends; the steps of its former life past the checkpoint that it went on from no longer count.
     """
 
     def __init__(self, run: Path, *, quiet: bool = False) -> None:
-        self._file: TextIO | None = None if quiet else (run / FILE).open("a", encoding="utf-8")
+        self._file: TextIO | None = None
+        if not quiet:
+            torn = _ends_torn(run / FILE)
+            self._file = (run / FILE).open("a", encoding="utf-8")
+            self._file.write("\n" if torn else "")
 
     def write(self, event: str, **fields: Any) -> None:
         """One event with the wall time in seconds; non-finite numbers are written as null, as JSON has none."""
@@ -43,10 +47,22 @@ def _finite(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """All events of a run in order, a torn last line left out; of a step seen twice the later event."""
-    events = list(_lines(run / FILE))
-    last = {event["step"]: i for i, event in enumerate(events) if event["event"] == "step"}
-    return [e for i, e in enumerate(events) if e["event"] != "step" or last[e["step"]] == i]
+    """All events of a run in order, torn lines left out; a resume at step s takes back the steps from s on."""
+    events: list[dict[str, Any]] = []
+    for event in _lines(run / FILE):
+        if event["event"] in ("start", "resume"):
+            events = [e for e in events if e["event"] != "step" or e["step"] < event["step"]]
+        events.append(event)
+    return events
+
+
+def _ends_torn(path: Path) -> bool:
+    """Whether the last line was cut: what is appended to it would be lost with it."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read() != b"\n"
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -25,11 +25,24 @@ class Objective:
                 wanted="at least one metadata column",
                 do="add e.g. --objective.kernel age:gaussian:5",
             )
+        _refuse_unread(settings)
         self._settings = settings
         self._k = len(settings.kernel)
         self._kernel = None
         if settings.kernel:
             self._kernel = kernels.parse(settings.kernel, settings.combine).fit(y_train[:, : self._k])
+
+    def try_out(self, y: Tensor) -> None:
+        """BadInput where the loss cannot be had on metadata like y (n, k): found before training, not in it."""
+        z = torch.nn.functional.normalize(torch.randn(2, len(y), 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+        try:
+            self.loss(z, y)
+        except ValueError as error:
+            raise BadInput(
+                f"objective {self._settings.name}: {error}",
+                wanted="a loss that this metadata allows",
+                do="change --objective or its kernel",
+            ) from None
 
     def loss(self, z: Tensor, y: Tensor) -> Tensor:
         """z (V, n, D), y (n, k) of the whole global batch -> scalar."""
@@ -75,11 +88,34 @@ class Objective:
         return self._kernel
 
 
+def _or_one(weight: float | None) -> float:
+    return 1.0 if weight is None else weight
+
+
+def _refuse_unread(settings: Settings) -> None:
+    """A setting that changes what is repelled, given to a loss that does not read it, would be ignored in silence."""
+    for field, reader in (("within", "cauc"), ("views", "cauc"), ("normalise", "y_aware")):
+        if getattr(settings, field) != getattr(Settings(), field) and settings.name != reader:
+            raise BadInput(
+                f"objective.{field} {getattr(settings, field)} with objective {settings.name}",
+                wanted=f"objective {reader}, the only one that reads it",
+                do=f"leave --objective.{field} out",
+            )
+    if settings.name == "supcon" and [spec.split(":")[1:2] for spec in settings.kernel] != [["delta"]]:
+        raise BadInput(
+            f"objective supcon with the kernel {' '.join(settings.kernel)}",
+            wanted="one column of classes",
+            do="e.g. --objective.kernel site:delta",
+        )
+
+
 _SAME = kernels.product(subject=kernels.delta())
 _Loss = Callable[[Objective, Tensor, Tensor], Tensor]
 _LOSSES: dict[str, _Loss] = {
     "simclr": lambda o, z, y: losses.ntxent(z, o._settings.tau),
-    "align_uniform": lambda o, z, y: losses.align_uniform(z, o._settings.alpha, o._settings.t),
+    "align_uniform": lambda o, z, y: losses.align_uniform(
+        z, o._settings.alpha, o._settings.t, _or_one(o._settings.lambda_align), o._settings.lambda_unif
+    ),
     "decoupled_uniformity": lambda o, z, y: losses.decoupled_uniformity(z, y[:, : o._k], o._kernel, o._settings.t),
     "supcon": lambda o, z, y: losses.supcon(z, y[:, 0], o._settings.tau),
     "y_aware": lambda o, z, y: losses.y_aware_infonce(

@@ -58,13 +58,15 @@ def prepare(run: RunConfig, ranks: int) -> Path:
 def check(run: RunConfig, ranks: int) -> Store:
     """Everything that can be known to be wrong before training: settings, store, columns, split, batch size."""
     _check_numbers(run)
-    World().device(run.engine.device)
+    _check_devices(run, ranks)
     store = Store.open(run.data.store)
     train, _ = split(store.subjects, run.data.folds, run.data.fold)
-    Objective(run.objective, torch.from_numpy(store.metadata(run.objective.columns)[train]))
     store.require(run.objective.columns, train)
     _check_kernel(run, store)
     Plan(train, run.batch_size, run.seed).rank_batch(0, 0, ranks)
+    y = torch.from_numpy(store.metadata(run.objective.columns)[train])
+    incomplete_first = y.isnan().any(1).int().argsort(descending=True, stable=True)
+    Objective(run.objective, y).try_out(y[incomplete_first[: min(run.batch_size, 64)]])
     with torch.device("meta"):  # no memory, no time: only whether it fits
         encoders.build(run.encoder, store.shape)
     augment.check(run.augment, store.shape)
@@ -98,6 +100,21 @@ def _check_numbers(run: RunConfig) -> None:
         if not value >= bound:  # NaN too
             option = name.replace("_", "-")
             raise BadInput(f"{name} {value}", wanted=f"{bound:g} or more", do=f"set --{option} to that")
+    if run.optim.warmup_epochs > run.epochs:
+        raise BadInput(
+            f"optim.warmup_epochs {run.optim.warmup_epochs} of {run.epochs} epochs",
+            wanted="a warm-up that ends",
+            do="set --optim.warmup-epochs to less, or --epochs to more",
+        )
+
+
+def _check_devices(run: RunConfig, ranks: int) -> None:
+    if World().device(run.engine.device).type == "cuda" and ranks > torch.cuda.device_count():
+        raise BadInput(
+            f"{ranks} ranks on {torch.cuda.device_count()} GPUs",
+            wanted="a GPU a rank",
+            do=f"use --ranks {torch.cuda.device_count()}, or --engine.device cpu",
+        )
 
 
 def _check_kernel(run: RunConfig, store: Store) -> None:

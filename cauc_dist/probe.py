@@ -5,7 +5,6 @@ subjects. Every score carries a bootstrap interval over held-out subjects, every
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,8 +23,8 @@ from cauc_dist.store.layout import Column
 from cauc_dist.store.reader import Store
 from cauc_dist.stream.loader import Normalise, chunks
 from cauc_dist.stream.plan import split
-from cauc_dist.train import architecture, build_model
-from cauc_dist.world import World
+from cauc_dist.train import build_model, card
+from cauc_dist.world import World, cores
 
 Array = NDArray[np.float64]
 BOOTSTRAPS = 10_000
@@ -226,7 +225,7 @@ def _name(config: RunConfig, configs: Sequence[RunConfig]) -> str:
 def newest(config: RunConfig, store: Store, say: Callable[[str], None] = lambda line: None) -> Saved:
     """The newest sound checkpoint of a run; what is damaged is said."""
     assert config.run is not None
-    saved, complaints = checkpoint.latest(config.run, architecture(config, store.shape))
+    saved, complaints = checkpoint.latest(config.run, card(config, store))
     for line in complaints:
         say(line)
     if saved is None:
@@ -240,7 +239,7 @@ def embed(config: RunConfig, store: Store, rows: NDArray[np.int64], saved: Saved
 
     With the weights of a checkpoint; None: those that the run began from.
     """
-    torch.set_num_threads(config.engine.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.engine.threads or cores())
     device = World().device("cpu" if config.engine.device == "cpu" else "auto")
     model = build_model(config, store.shape)
     if saved is not None:

@@ -19,7 +19,6 @@ class Progress:
         self._console = Console(file=sys.stdout, highlight=False, quiet=quiet, soft_wrap=True)
         self._bar: Bar | None = None
         self._epoch, self._began = -1, time.perf_counter()
-        self._last: Mapping[str, float] = {}
 
     def __enter__(self) -> "Progress":
         return self
@@ -47,7 +46,6 @@ class Progress:
             self._bar.start()
 
     def step(self, done: int, epoch: int, record: Mapping[str, float]) -> None:
-        self._last = record
         if self._bar is not None:
             self._bar.update(self._task, completed=done, text=_text(record))
         elif epoch != self._epoch or done == self._total:

@@ -4,6 +4,7 @@ V views, b subjects a rank, W ranks, n = b*W subjects in the global batch, D emb
 """
 
 import dataclasses
+import fcntl
 import os
 import sys
 import time
@@ -61,7 +62,10 @@ def train_step(engine: Engine, objective: Objective, batch: Batch, step: Step, r
     # Every rank holds the same number, so every rank stops at the same step, before any parameter is touched.
     if not bool(torch.isfinite(loss)):
         raise NonFinite(non_finite(step, z_all.detach()))
-    norm = engine.step(loss, step.lr)
+    try:
+        norm = engine.step(loss, step.lr)
+    except FloatingPointError as error:
+        raise NonFinite(f"at step {step.number} the loss is finite and {error}. Lower the learning rate") from None
     terms = {"loss": loss, **objective.geometry(z_all.detach(), step.y)}
     return {name: term.item() for name, term in terms.items()} | {"grad_norm": norm, "lr": step.lr}
 
@@ -99,9 +103,11 @@ def train(run: RunConfig, world: World) -> None:
         prefetch=run.data.prefetch,
     )
     quiet = world.rank != 0
+    _own(run.run, quiet)
     with Journal(run.run, quiet=quiet) as journal, Progress(run.name, total, quiet=quiet) as progress, reads as batches:
         for line in complaints:
             progress.say(line)
+            journal.write("damaged", message=line)
         journal.write("resume" if start else "start", **facts)
         progress.start(facts)
         began = time.perf_counter()
@@ -119,22 +125,39 @@ def train(run: RunConfig, world: World) -> None:
             except NonFinite as error:
                 journal.write("non_finite", step=step.number, message=str(error))
                 raise
-            seconds, began = time.perf_counter() - began, time.perf_counter()
-            record |= {"samples_per_s": run.batch_size / seconds, "data_wait_s": batch.wait}
+            record |= {"samples_per_s": run.batch_size / (time.perf_counter() - began), "data_wait_s": batch.wait}
             journal.write("step", step=step.number, epoch=step.epoch, **record)
             progress.step(step.number + 1, step.epoch, record)
             if _due(step.number + 1, plan.steps_per_epoch, run.checkpoint.every_epochs, total):
                 _save(engine, run, world, step.number + 1, store)
                 journal.write("checkpoint", step=step.number + 1)
+            began = time.perf_counter()
         journal.write("end", step=total)
         progress.finish(run.run)
+
+
+def _own(folder: Path, quiet: bool) -> None:
+    """Refuse a run folder in which another training is at work; held by rank 0 until its process ends."""
+    if quiet:
+        return
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(
+            f"another training is at work in {folder}",
+            wanted="one at a time",
+            do="wait for it, or end it first (look for `python -m cauc_dist.train`)",
+        ) from None
+    except OSError:
+        return  # a file system without locks: nothing can be told
 
 
 def open_engine(run: RunConfig, world: World, store: Store) -> tuple[Engine, int, list[str]]:
     """The model under DeepSpeed, the step to go on from (0: from scratch), and a line for each damaged checkpoint."""
     assert run.run is not None
     model = build_model(run, store.shape)
-    saved, complaints = checkpoint.latest(run.run, architecture(run, store.shape))
+    saved, complaints = checkpoint.latest(run.run, card(run, store))
     start = agree(saved.step if saved else 0)
     if saved:
         checkpoint.load_module(model, saved.tensors)
@@ -152,13 +175,11 @@ def build_model(run: RunConfig, shape: tuple[int, ...]) -> encoders.Model:
     return encoders.Model(encoder, projector, normalise=run.objective.name != "rank_n_contrast")
 
 
-def architecture(run: RunConfig, shape: tuple[int, ...]) -> dict[str, Any]:
-    """What a checkpoint's tensors belong to."""
-    return {
-        "encoder": dataclasses.asdict(run.encoder),
-        "projector": dataclasses.asdict(run.projector),
-        "shape": list(shape),
-    }
+def card(run: RunConfig, store: Store) -> dict[str, Any]:
+    """What a checkpoint belongs to: the network of its tensors, and the plan that its step counts in."""
+    network = {"encoder": dataclasses.asdict(run.encoder), "projector": dataclasses.asdict(run.projector)}
+    plan = {"seed": run.seed, "batch_size": run.batch_size, "folds": run.data.folds, "fold": run.data.fold}
+    return {"architecture": {**network, "shape": list(store.shape)}, "plan": {**plan, "data": store.fingerprint}}
 
 
 def derived(run: RunConfig, world: World, plan: Plan, store: Store, engine: Engine, start: int) -> dict[str, Any]:
@@ -196,8 +217,7 @@ def _save(engine: Engine, run: RunConfig, world: World, step: int, store: Store)
     assert run.run is not None
     tensors: Mapping[str, Tensor] = engine.state()  # a collective: all ranks
     if world.rank == 0:
-        card = {"architecture": architecture(run, store.shape), "fingerprint": store.fingerprint, "seed": run.seed}
-        checkpoint.save(run.run, step, tensors, card, keep=run.checkpoint.keep)
+        checkpoint.save(run.run, step, tensors, card(run, store), keep=run.checkpoint.keep)
     dist.barrier()
 
 
@@ -216,7 +236,8 @@ def main(folder: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except NonFinite as error:
-        print(f"error: {error}", file=sys.stderr)
+        if world.rank == 0:  # it is the same on every rank
+            print(f"error: {error}", file=sys.stderr)
         return NON_FINITE
     return 0
 

@@ -94,6 +94,11 @@ def _loopback(world_size: int) -> Iterator[None]:
         del os.environ["GLOO_SOCKET_IFNAME"]
 
 
+def cores() -> int:
+    """CPU cores that this process may use; a job's share of the machine where the system says."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def loopback_interface() -> str:
     """The name of the loopback interface: lo on Linux, lo0 on macOS."""
     return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")

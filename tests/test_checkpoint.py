@@ -24,7 +24,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     torch.manual_seed(0)
     wanted = {"parameter/weight": torch.randn(5, 3), "exp_avg/weight": torch.randn(5, 3) * 1e-30}
     checkpoint.save(tmp_path, 12, wanted, CARD, keep=2)
-    saved, complaints = checkpoint.latest(tmp_path, CARD["architecture"])
+    saved, complaints = checkpoint.latest(tmp_path, CARD)
     assert saved is not None
     assert (saved.step, complaints) == (12, [])
     assert all(torch.equal(saved.tensors[name], wanted[name]) for name in wanted)
@@ -46,15 +46,40 @@ def test_a_flipped_bit_sends_the_run_back_to_the_checkpoint_before(tmp_path: Pat
     assert saved is not None
     assert saved.step == 1
     assert len(complaints) == 1
-    assert "step-00000002 is damaged (sha256 of state.safetensors" in complaints[0]
+    assert "step-00000002 is damaged (ValueError: sha256 of state.safetensors" in complaints[0]
 
 
-def test_a_missing_card_is_damage_not_a_crash(tmp_path: Path) -> None:
+def test_a_missing_card_is_damage(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, tensors(1), CARD, keep=2)
     path = checkpoint.save(tmp_path, 2, tensors(2), CARD, keep=2)
     (path / "checkpoint.json").unlink()
     saved, complaints = checkpoint.latest(tmp_path)
-    assert saved is None
-    assert "going back" in complaints[0]
+    assert saved is not None
+    assert saved.step == 1
+    assert "step-00000002 is damaged (FileNotFoundError" in complaints[0]
+
+
+def test_a_card_of_another_step_is_damage(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, tensors(1), CARD, keep=2)
+    path = checkpoint.save(tmp_path, 20, tensors(2), CARD, keep=2) / "checkpoint.json"
+    path.write_text(path.read_text().replace('"step": 20', '"step": 28'))
+    assert "its card says step 28" in checkpoint.latest(tmp_path)[1][0]
+
+
+def test_where_all_are_damaged_the_run_does_not_start_from_scratch(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 2, tensors(2), CARD, keep=2)
+    (path / "state.safetensors").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"step-00000002 is damaged .*; wanted one that is sound"):
+        checkpoint.latest(tmp_path)
+
+
+def test_damaged_ones_of_later_steps_do_not_push_out_what_is_saved_now(tmp_path: Path) -> None:
+    for step in (60, 120):
+        (checkpoint.save(tmp_path, step, tensors(step), CARD, keep=2) / "state.safetensors").write_bytes(b"")
+    checkpoint.save(tmp_path, 30, tensors(30), CARD, keep=2)
+    saved, complaints = checkpoint.latest(tmp_path)
+    assert saved is not None
+    assert (saved.step, complaints) == (30, [])
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
@@ -64,7 +89,7 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, tensors(1), CARD, keep=1)
     with pytest.raises(BadInput, match=r'holds the architecture {"encoder": "cnn3d"}; wanted {"encoder": "mlp"}'):
-        checkpoint.latest(tmp_path, {"encoder": "mlp"})
+        checkpoint.latest(tmp_path, {"architecture": {"encoder": "mlp"}})
 
 
 def test_a_checkpoint_holds_no_pickle(tmp_path: Path) -> None:

@@ -147,6 +147,15 @@ TRAIN = {
     "no kernel": (["--objective.kernel"], "objective cauc without a kernel"),
     "no rank": (["--ranks", "0"], "--ranks 0"),
     "an encoder that does not fit": (["--encoder.name", "densenet121_3d"], "densenet121_3d"),
+    "a kernel of distances on a text column": (
+        ["--objective.kernel", "sex:gaussian:1"],
+        "kernel sex:gaussian:1 on sex",
+    ),
+    "no checkpoint kept": (["--checkpoint.keep", "0"], "checkpoint.keep 0"),
+    "no reader thread": (["--data.threads", "0"], "data.threads 0"),
+    "a batch of one": (["--batch-size", "1"], "batch_size 1"),
+    "a warm-up that does not end": (["--optim.warmup-epochs", "3"], "optim.warmup_epochs 3.0 of 1 epochs"),
+    "a run below a file": (["--run", "pyproject.toml/x"], "Not a directory"),
     "a negative seed": (["--seed", "-1"], "seed -1"),
     "no epoch": (["--epochs", "0"], "epochs 0"),
     "a transform that does not fit": (["--augment.p-grey", "0.5"], "p_grey"),
@@ -163,7 +172,7 @@ def test_train_refuses_bad_settings_with_code_2_and_leaves_nothing(
     assert main(["train", "demo_cauc", "--run", str(run), *SMALL, "--data.store", str(store), *options]) == 2
     error = capsys.readouterr().err
     assert message in error
-    assert "; wanted " in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 
@@ -214,6 +223,31 @@ def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("command", ["probe", "report"])
+def test_an_output_that_has_no_folder_is_refused_before_the_work(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, str(tmp_path), "--out", str(tmp_path / "no" / "x")]) == 2
+    assert f"no folder {tmp_path / 'no'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ranks", "0"], "--ranks 0"),
+        (["--ranks", "3"], "batch_size 32 does not divide over 3 ranks"),
+        (["--subjects", "20"], "--subjects 20"),
+        (["--size", "8"], "--size 8"),
+    ],
+)
+def test_the_demo_refuses_what_cannot_work_before_it_writes(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--folder", str(tmp_path / "demo"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("command", ["probe", "report"])
 def test_a_command_on_runs_wants_one(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command]) == 2
     assert "no run folder" in capsys.readouterr().err
@@ -246,6 +280,14 @@ def test_train_resume_probe_report_one_after_the_other(store: Path, tmp_path: Pa
     resumed = cauc("resume", str(run), "--ranks", "3")
     assert resumed.returncode == 0, resumed.stderr
     assert "from step 3" in resumed.stdout
+
+    text = (run / "config.json").read_text()
+    (run / "config.json").write_text(text.replace('"width": 2', '"width": 4'))
+    other = cauc("resume", str(run), "--ranks", "2")
+    assert other.returncode == 2
+    assert "holds the architecture" in other.stderr
+    assert other.stderr.count("\n") == 1
+    (run / "config.json").write_text(text)
 
     probed = cauc("probe", str(run), str(tmp_path / "again"), "--columns", "age", "sex")
     assert probed.returncode == 0, probed.stderr

@@ -30,11 +30,21 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     assert [e["step"] for e in journal.read(tmp_path)] == [0]
 
 
-def test_of_a_step_done_twice_the_later_event_holds(tmp_path: Path) -> None:
+def test_a_resume_takes_back_the_steps_past_its_checkpoint(tmp_path: Path) -> None:
     with Journal(tmp_path) as j:
-        for step, loss in [(0, 1.0), (1, 2.0), (1, 3.0)]:
-            j.write("step", step=step, loss=loss)
-    assert [(e["step"], e["loss"]) for e in journal.read(tmp_path)] == [(0, 1.0), (1, 3.0)]
+        for step in range(6):
+            j.write("step", step=step, loss=1.0)
+        j.write("resume", step=2)
+        j.write("step", step=2, loss=2.0)
+    steps = [(e["step"], e["loss"]) for e in journal.read(tmp_path) if e["event"] == "step"]
+    assert steps == [(0, 1.0), (1, 1.0), (2, 2.0)]
+
+
+def test_what_follows_a_torn_line_is_not_lost_with_it(tmp_path: Path) -> None:
+    (tmp_path / journal.FILE).write_text('{"event": "step", "step": 0}\n{"event": "st')
+    with Journal(tmp_path) as j:
+        j.write("resume", step=1)
+    assert [e["event"] for e in journal.read(tmp_path)] == ["step", "resume"]
 
 
 def test_non_finite_numbers_are_null_and_the_line_is_json(tmp_path: Path) -> None:

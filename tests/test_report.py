@@ -83,3 +83,17 @@ def test_a_folder_without_steps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"no step in .*journal.jsonl; wanted a run that was trained"):
         report([a_run(tmp_path / "a", steps=0)], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_table_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"no table .*t.json; wanted a file that `cauc probe --out` wrote"):
+        report([a_run(tmp_path / "a")], tmp_path / "page.html", tmp_path / "t.json")
+
+
+def test_runs_of_the_same_folder_name_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "seed0").mkdir()
+    (tmp_path / "seed1").mkdir()
+    runs = [a_run(tmp_path / "seed0" / "r"), a_run(tmp_path / "seed1" / "r")]
+    report(runs, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert all(f"<td>{run}</td>" in text for run in runs)

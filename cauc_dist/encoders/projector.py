@@ -3,6 +3,7 @@
 B  samples     H  width of h     D  width of the embedding z
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,4 +38,12 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = at_least_fp32(self.projector(self.encoder(x)))
-        return F.normalize(z, dim=1) if self.normalise else z
+        return unit_rows(z) if self.normalise else z
+
+
+def unit_rows(z: Tensor) -> Tensor:
+    """Rows of unit length. Each is first divided by its largest entry, which changes neither its direction nor its
+    gradient: the squares of a diverged network's rows overflow, and F.normalize would make them zeros that look well.
+    """
+    largest = z.detach().abs().amax(1, keepdim=True)
+    return F.normalize(z / largest.clamp_min(torch.finfo(z.dtype).tiny), dim=1)

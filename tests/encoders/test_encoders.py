@@ -273,3 +273,22 @@ def test_the_smallest_side_that_is_accepted_works(name: str, side: int) -> None:
     h = make(name, "batch", shape=shape)(torch.randn(2, *shape))
     assert h.isfinite().all()
     assert h.std() > 0
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e19, 1e30])
+def test_rows_are_of_unit_length_whatever_their_size(size: float) -> None:
+    """Squares of 1e19 overflow fp32: such rows must not come out as zeros with a gradient of zero."""
+    from cauc_dist.encoders.projector import unit_rows
+
+    x = torch.tensor([[3.0, -4.0, 0.0], [1.0, 1.0, 1.0]]) * size
+    z = unit_rows(x.requires_grad_())
+    torch.testing.assert_close(z, torch.tensor([[0.6, -0.8, 0.0], [3**-0.5] * 3]))
+    wanted = torch.autograd.functional.jacobian(lambda v: v / v.norm(), torch.tensor([3.0, -4, 0], dtype=torch.float64))
+    (found,) = torch.autograd.grad(z[0, 0], x)
+    torch.testing.assert_close(found[0].double() * size, wanted[0], rtol=1e-5, atol=1e-7)
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    from cauc_dist.encoders.projector import unit_rows
+
+    assert unit_rows(torch.zeros(1, 3)).tolist() == [[0.0, 0.0, 0.0]]
