@@ -46,7 +46,7 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], card: Mapping[str,
     temporary.mkdir(parents=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / STATE)
     _sync(temporary / STATE)
-    text = json.dumps({"step": step, "sha256": _sha256(temporary / STATE), **card}, indent=1)
+    text = json.dumps({**card, "step": step, "sha256": _sha256(temporary / STATE)}, indent=1)
     with (temporary / CARD).open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

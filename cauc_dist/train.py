@@ -6,6 +6,7 @@ V views, b subjects a rank, W ranks, n = b*W subjects in the global batch, D emb
 import dataclasses
 import fcntl
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -82,6 +83,8 @@ def non_finite(step: Step, z_all: Tensor) -> str:
 def train(run: RunConfig, world: World) -> None:
     """Train, or go on from the newest sound checkpoint of the run folder. Call it on every rank, in a process group."""
     assert run.run is not None
+    if world.rank == 0:
+        own(run.run)
     store = Store.open(run.data.store)
     check_store(run.run, store)
     rows, _ = split(store.subjects, run.data.folds, run.data.fold)
@@ -103,7 +106,6 @@ def train(run: RunConfig, world: World) -> None:
         prefetch=run.data.prefetch,
     )
     quiet = world.rank != 0
-    _own(run.run, quiet)
     with Journal(run.run, quiet=quiet) as journal, Progress(run.name, total, quiet=quiet) as progress, reads as batches:
         for line in complaints:
             progress.say(line)
@@ -136,10 +138,8 @@ def train(run: RunConfig, world: World) -> None:
         progress.finish(run.run)
 
 
-def _own(folder: Path, quiet: bool) -> None:
-    """Refuse a run folder in which another training is at work; held by rank 0 until its process ends."""
-    if quiet:
-        return
+def own(folder: Path) -> None:
+    """Refuse a run folder in which another training is at work; held until this process ends."""
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -243,4 +243,6 @@ def main(folder: str) -> int:
 
 
 if __name__ == "__main__":
+    # The agent passes ctrl-C on to every rank: end at once, not in W tracebacks. Checkpoints are whole or absent.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main(sys.argv[1]))

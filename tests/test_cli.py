@@ -155,7 +155,7 @@ TRAIN = {
     "no reader thread": (["--data.threads", "0"], "data.threads 0"),
     "a batch of one": (["--batch-size", "1"], "batch_size 1"),
     "a warm-up that does not end": (["--optim.warmup-epochs", "3"], "optim.warmup_epochs 3.0 of 1 epochs"),
-    "a run below a file": (["--run", "pyproject.toml/x"], "Not a directory"),
+    "a run below a file": (["--run", "pyproject.toml/x"], "Check the path"),
     "a negative seed": (["--seed", "-1"], "seed -1"),
     "no epoch": (["--epochs", "0"], "epochs 0"),
     "a transform that does not fit": (["--augment.p-grey", "0.5"], "p_grey"),

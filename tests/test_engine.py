@@ -17,9 +17,12 @@ N = 12
 
 
 def network() -> nn.Module:
-    """Weights and biases (two groups of the optimiser), a buffer, sizes that no world divides."""
+    """Weights and biases (two groups of the optimiser), buffers that training changes, sizes that no world divides.
+
+    No bias before BatchNorm: its gradient is rounding noise, which Adam makes steps of the size of lr from.
+    """
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), BatchNorm(7), nn.Linear(7, 3))
+    return nn.Sequential(nn.Linear(5, 7, bias=False), BatchNorm(7), nn.Linear(7, 3))
 
 
 def train(run: Path, stage: int, first: int, last: int) -> dict[str, Tensor]:

@@ -234,7 +234,7 @@ def test_a_run_whose_weights_are_the_initial_ones_scores_as_untrained(run: Path,
     assert saved is not None
     initial = build_model(load(other), Store.open(store).shape)
     tensors = {**saved.tensors, **{f"parameter/{name}": p for name, p in initial.named_parameters()}}
-    checkpoint.save(other, saved.step + 1, tensors, {k: v for k, v in saved.card.items() if k != "step"}, keep=1)
+    checkpoint.save(other, saved.step + 1, tensors, saved.card, keep=1)
     found = probe.probe([other], voxels=False)
     assert found.scores["demo_cauc"] == found.scores["untrained"]
     assert found.steps == {"demo_cauc": saved.step + 1}

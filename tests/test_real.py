@@ -33,7 +33,7 @@ def test_whole_heads_train_and_are_probed(tmp_path: Path) -> None:
     assert Store.open(store).shape == (1, 80, 96, 80)
     run = tmp_path / "run"
     assert (
-        main(["train", "ixi50_cauc", "--data.store", str(store), "--run", str(run), "--epochs", "1", "--ranks", "2"])
+        main(["train", "ixi50_cauc", "--data.store", str(store), "--run", str(run), "--epochs", "2", "--ranks", "2"])
         == 0
     )
     table = probe([run], ["age", "sex"])
