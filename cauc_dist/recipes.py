@@ -2,8 +2,8 @@
 
 Imports no torch. Each docstring says what it is for, where its numbers come from and how to make its store.
 
-`lambda_align` is 1.5 here, three quarters of the default t = 2: from random weights and on batches of tens, alignment of
-weight t collapses (docs/log.md, 2026-11-24). Chosen on the synthetic cohort; no real scan was looked at for it.
+`lambda_align` is 1.5 here, three quarters of the default t = 2: from random weights and on batches of tens, alignment
+of weight t collapses (docs/log.md, 2026-11-24). It was chosen on the synthetic cohort alone.
 """
 
 import dataclasses

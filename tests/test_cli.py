@@ -16,6 +16,8 @@ from cauc_dist.cli import COMMANDS, main
 SMALL = [
     "--epochs",
     "1",
+    "--optim.warmup-epochs",
+    "0",
     "--batch-size",
     "6",
     "--encoder.width",

@@ -29,6 +29,7 @@ def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         recipe,
         run=tmp_path_factory.mktemp("runs") / "a",
         epochs=2,
+        optim=dataclasses.replace(recipe.optim, lr=1e-2),
         batch_size=6,
         data=dataclasses.replace(recipe.data, store=store),
         encoder=Encoder(width=2),
