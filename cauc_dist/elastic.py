@@ -1,5 +1,6 @@
 """Several ranks on this machine, through torch's elastic agent."""
 
+import logging
 import os
 import signal
 import sys
@@ -27,6 +28,8 @@ def start(ranks: int, *arguments: str, threads: int = 0) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # What the agent has to say of a failure is its own machinery; the rank that failed has said why.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
