@@ -74,8 +74,9 @@ def train_step(engine: Engine, objective: Objective, batch: Batch, step: Step, r
 def non_finite(step: Step, z_all: Tensor) -> str:
     """Which subjects' embeddings (V, n, D) are not finite at which step, and what to do."""
     bad = (~z_all.isfinite().all(-1)).any(0).nonzero().flatten().tolist()
-    names = ", ".join(step.ids[i] for i in bad)
-    where = f"embeddings of {names} are not finite" if names else "all embeddings are finite, the loss is not"
+    where = f"embeddings of {', '.join(step.ids[i] for i in bad)} are not finite"
+    if len(bad) in (0, len(step.ids)):
+        where = "all embeddings are finite, the loss is not" if not bad else "not one embedding is"
     do = "Nothing was updated. Lower the learning rate, or look at these scans"
     return f"the loss at step {step.number} is not finite: {where}. {do}"
 

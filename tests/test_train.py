@@ -207,6 +207,7 @@ def test_the_message_of_a_non_finite_loss_names_the_subjects_of_those_rows() -> 
     assert "all embeddings are finite, the loss is not" in non_finite(step, z)
     z[0, 0, 1], z[1, 2, 3] = float("nan"), float("inf")
     assert non_finite(step, z).startswith("the loss at step 7 is not finite: embeddings of f, d are not finite")
+    assert "not one embedding is" in non_finite(step, z * float("nan"))
 
 
 def test_no_decay_on_norms_and_biases_and_every_parameter_in_one_group() -> None:
