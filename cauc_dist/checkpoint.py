@@ -1,7 +1,7 @@
 """A checkpoint is whole or absent: one folder, checked by sha256, independent of world size and ZeRO stage.
 
     RUN/checkpoints/step-00000120/state.safetensors    parameters, buffers, optimiser moments, full fp32 tensors
-                                 /checkpoint.json      step, architecture, store fingerprint, sha256 of the former
+                                 /checkpoint.json      step, architecture, plan (seed, batch size, fold, store), sha256
 
 The tensors are the FULL ones (gathered from ZeRO's partitions), so that any number of ranks can go on from them, and
 there is no pickle in it. No metadata and no subject ids either.

@@ -25,7 +25,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 bad input, 3 non-finite loss, else that of a dead rank."""
+    """Run one command; the exit code: 0 done, 2 bad input, 3 non-finite loss, 130 interrupted, else a dead rank's."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
@@ -109,6 +109,8 @@ class Train:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     ranks: int = 1
     """Processes on this machine."""
+    start: bool = True
+    """--no-start: only check, and write the run folder; start its ranks yourself (docs/running.md)."""
 
 
 def _train(arguments: Sequence[str]) -> int:
@@ -127,6 +129,8 @@ def _train(arguments: Sequence[str]) -> int:
 
     folder = prepare(options.config, options.ranks)
     _say(f"run folder {folder}")
+    if not options.start:
+        return 0
     return _start(folder, options.ranks, options.config.engine.threads)
 
 
@@ -134,7 +138,7 @@ def _from_file(path: Path) -> RunConfig:
     """The run of a config.json, to be trained anew: the folder that it came from is taken."""
     if not path.exists():
         raise BadInput(f"no file {path}", wanted="the config.json of a run", do="check the path, or name a recipe")
-    return dataclasses.replace(config.from_json(path.read_text(encoding="utf-8"), str(path)), run=None)
+    return dataclasses.replace(config.read(path), run=None)
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,9 @@ class Encoder:
     name: Literal["cnn3d", "densenet121_3d", "resnet18_3d", "resnet18_2d", "mlp"] = "cnn3d"
     width: int = 16
     """Channels of the first stage (cnn3d) or units of a hidden layer (mlp); the others have a published width."""
-    norm: Literal["batch", "group"] = "group"
-    """`group` needs no other sample; `batch` is synchronised over ranks, so that W ranks equal one process."""
+    norm: Literal["published", "batch", "group"] = "published"
+    """`group` needs no other sample; `batch` is synchronised over ranks, so that W ranks equal one process.
+    `published`: batch for densenet121_3d and the resnets, group for cnn3d and mlp (ours)."""
 
 
 @dataclass(frozen=True)
@@ -106,18 +107,19 @@ class Objective:
     (scale = gamma), delta. missing: marginal (default), distinct, ignore."""
     combine: Literal["product", "mean"] = "product"
     tau: float = 0.1
-    """Temperature of the InfoNCE family."""
+    """Temperature of the InfoNCE family and of rank_n_contrast (whose own code has 2)."""
     t: float = 2.0
     """Sharpness of the uniformity terms."""
     alpha: float = 2.0
     """Power of the distance in the alignment terms."""
     lambda_align: float | None = None
-    """Weight of the conditional alignment; default: t (see docs/losses.md, exact fact 1)."""
+    """cauc and align_uniform: weight of the alignment; default: t for cauc (docs/losses.md, exact fact 1), 1 for the
+    other."""
     lambda_unif: float = 1.0
     normalise: Literal["row", "column"] = "row"
     """y_aware only: `column` reproduces the published code."""
     views: Literal["within", "pooled"] = "within"
-    """Uniformity over pairs of one view, or over all embeddings."""
+    """cauc only: uniformity over pairs of one view, or over all embeddings."""
     within: str | None = None
     """cauc only: repel only pairs that agree in this column (e.g. site), for features free of it."""
 
@@ -148,7 +150,7 @@ class Engine:
     zero_stage: Literal[0, 1, 2, 3] = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
-    """CPU threads a rank for torch; 0: cores of the machine divided by its ranks."""
+    """CPU threads a rank for torch; 0: OMP_NUM_THREADS, or the cores of the machine divided by its ranks."""
     timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run."""
 
@@ -201,6 +203,15 @@ def from_json(text: str, source: str = "config") -> RunConfig:
         raise BadInput(
             f"{source}: {place} = {first['input']!r}", wanted=first["msg"].lower(), do="mend that field"
         ) from None
+
+
+def read(path: Path) -> RunConfig:
+    """The run of a config.json; BadInput as `from_json`, and where the file is no UTF-8 text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is no text ({error})", wanted="a config.json", do="give the one of a run") from None
+    return from_json(text, str(path))
 
 
 def _known(values: Any, kind: Any, source: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import operator
 import shutil
 import tempfile
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cauc_dist import augment, config, encoders
+from cauc_dist import augment, config, encoders, kernels
 from cauc_dist.config import RunConfig
 from cauc_dist.errors import BadInput
 from cauc_dist.objective import Objective
@@ -62,6 +63,8 @@ def check(run: RunConfig, ranks: int) -> Store:
     store = Store.open(run.data.store)
     train, _ = split(store.subjects, run.data.folds, run.data.fold)
     store.require(run.objective.columns, train)
+    if run.objective.kernel:
+        kernels.parse(run.objective.kernel, run.objective.combine)
     _check_kernel(run, store)
     Plan(train, run.batch_size, run.seed).rank_batch(0, 0, ranks)
     y = torch.from_numpy(store.metadata(run.objective.columns)[train])
@@ -87,19 +90,26 @@ def _check_numbers(run: RunConfig) -> None:
         "objective.tau": 1e-6,
         "objective.t": 1e-6,
         "objective.alpha": 1e-6,
+        "objective.lambda_unif": 0,
         "optim.lr": 0,
         "optim.weight_decay": 0,
         "optim.warmup_epochs": 0,
         "optim.clip_norm": 0,
         "engine.threads": 0,
+        "engine.timeout_minutes": 0.1,
         "checkpoint.every_epochs": 1,
         "checkpoint.keep": 1,
     }
+    if run.objective.lambda_align is not None:
+        least["objective.lambda_align"] = 0
     for name, bound in least.items():
         value = operator.attrgetter(name)(run)
-        if not value >= bound:  # NaN too
+        if not bound <= value < math.inf:  # NaN too
             option = name.replace("_", "-")
             raise BadInput(f"{name} {value}", wanted=f"{bound:g} or more", do=f"set --{option} to that")
+    for beta in run.optim.betas:
+        if not 0 <= beta < 1:
+            raise BadInput(f"optim.betas {run.optim.betas}", wanted="both in [0, 1)", do="e.g. --optim.betas .9 .999")
     if run.optim.warmup_epochs > run.epochs:
         raise BadInput(
             f"optim.warmup_epochs {run.optim.warmup_epochs} of {run.epochs} epochs",
@@ -122,11 +132,11 @@ def _check_kernel(run: RunConfig, store: Store) -> None:
     kinds = {column.name: column for column in store.columns}
     for spec in run.objective.kernel:
         name, kind = spec.split(":")[:2]
-        if kinds[name].kind == "category" and kind != "delta":
+        if kinds[name].kind == "category" and (kind != "delta" or run.objective.name == "rank_n_contrast"):
             raise BadInput(
                 f"kernel {spec} on {name}, a column of texts ({', '.join(kinds[name].levels[:5])})",
-                wanted="a column of numbers, or the delta kernel",
-                do=f"use {name}:delta",
+                wanted="a column of numbers, or the delta kernel and a loss that compares by it",
+                do=f"use {name}:delta, with another objective than rank_n_contrast",
             )
 
 
@@ -137,7 +147,7 @@ def load(folder: Path) -> RunConfig:
         raise BadInput(
             f"no {CONFIG} in {folder}", wanted="a run folder", do="give the folder that `cauc train` printed"
         )
-    return dataclasses.replace(config.from_json(path.read_text(encoding="utf-8"), str(path)), run=folder)
+    return dataclasses.replace(config.read(path), run=folder)
 
 
 def check_store(folder: Path, store: Store) -> None:
@@ -145,7 +155,10 @@ def check_store(folder: Path, store: Store) -> None:
     path = folder / PROVENANCE
     if not path.exists():
         raise BadInput(f"no {PROVENANCE} in {folder}", wanted="a whole run folder", do="restore it, or start a new run")
-    began = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+    try:
+        began = json.loads(path.read_bytes())["fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is damaged ({error!r})", wanted="what `cauc train` wrote", do="restore it") from None
     if store.fingerprint != began:
         raise BadInput(
             f"store {store.path} has the fingerprint {store.fingerprint[:12]}",

@@ -21,7 +21,7 @@ from cauc_dist.errors import BadInput
 from cauc_dist.prepare import check_store, load
 from cauc_dist.store.layout import Column
 from cauc_dist.store.reader import Store
-from cauc_dist.stream.loader import Normalise, chunks
+from cauc_dist.stream.loader import Normalise, chunks, read_all
 from cauc_dist.stream.plan import split
 from cauc_dist.train import build_model, card
 from cauc_dist.world import World, cores
@@ -256,7 +256,7 @@ def voxel_features(store: Store, rows: NDArray[np.int64], n_train: int, normalis
     A rotation keeps every inner product among training scans, so that ridge on these equals ridge on the voxels
     (in units of their overall standard deviation, so that the usual range of penalties fits).
     """
-    x = torch.cat([c.flatten(1) for c in chunks(store, rows, 32, normalise=normalise)])
+    x = read_all(store, rows, normalise).flatten(1)
     x -= x[:n_train].mean(0)
     gram = (x @ x[:n_train].T).double().numpy()  # (all, train)
     values, axes = np.linalg.eigh(gram[:n_train])

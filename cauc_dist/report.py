@@ -48,7 +48,7 @@ def report(runs: Sequence[Path], out: Path, table: Path | None = None) -> None:
         "<!doctype html><html lang=en><head><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width, initial-scale=1"><title>cauc-dist report</title>',
         f"<style>{STYLE}</style></head><body><h1>{html.escape(', '.join(events))}</h1>",
-        _scores(json.loads(table.read_text(encoding="utf-8"))) if table.exists() else "",
+        _scores(table) if table.exists() else "",
         "<h2>Curves</h2><div class=curves>",
         *(_curve(name, title, events) for name, title in CURVES.items()),
         "</div><h2>Runs</h2>",
@@ -74,8 +74,12 @@ def _events(run: Path) -> list[dict[str, Any]]:
     return events
 
 
-def _scores(table: dict[str, Any]) -> str:
+def _scores(path: Path) -> str:
     """The probe table: methods down, columns across, headline and interval in each cell."""
+    try:
+        table = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise BadInput(f"{path} is no table ({error})", wanted="what `cauc probe` wrote", do="probe again") from None
     columns = table["columns"]
     metric = {c: next(iter(table["scores"].values()))[c]["metric"] for c in columns}
     head = "".join(f"<th>{html.escape(c)} ({html.escape(metric[c])})</th>" for c in columns)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cauc_dist import recipes
-from cauc_dist.config import Objective, RunConfig, from_json, to_json
+from cauc_dist.config import Objective, RunConfig, from_json, read, to_json
 from cauc_dist.errors import BadInput
 
 
@@ -71,3 +71,9 @@ def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
 
 def test_paths_stay_paths() -> None:
     assert from_json(to_json(RunConfig(name="x", run=Path("a/b")))).run == Path("a/b")
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadInput, match=r"config.json is no text"):
+        read(tmp_path / "config.json")

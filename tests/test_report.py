@@ -97,3 +97,15 @@ def test_runs_of_the_same_folder_name_are_told_apart(tmp_path: Path) -> None:
     report(runs, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert all(f"<td>{run}</td>" in text for run in runs)
+
+
+def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text("not a table")
+    with pytest.raises(BadInput, match=r"t.json is no table"):
+        report([a_run(tmp_path / "a")], tmp_path / "page.html", tmp_path / "t.json")
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"no matplotlib; wanted the extra `report`"):
+        report([a_run(tmp_path / "a")], tmp_path / "page.html")

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -308,3 +309,60 @@ def test_the_exit_code_is_that_of_the_rank_that_brought_the_others_down(codes: d
     error = ChildFailedError.__new__(ChildFailedError)
     error.failures = failures  # type: ignore[assignment]
     assert elastic._exit_code(error) == code
+
+
+class Exploding:
+    """An engine whose loss is finite and whose gradient is not (tests/test_engine.py has the real one's word for it)."""
+
+    device = torch.device("cpu")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.eye(4, 3)
+
+    def step(self, loss: torch.Tensor, lr: float) -> float:
+        raise FloatingPointError("the gradient's norm is nan")
+
+
+def test_a_gradient_that_is_not_finite_is_told_from_a_loss_that_is_not(store: Path) -> None:
+    from cauc_dist.objective import Objective as Loss
+    from cauc_dist.stream.loader import Batch
+    from cauc_dist.train import NonFinite, train_step
+    from cauc_dist.world import World
+
+    run = config(store, Path("x"), objective=Objective(kernel=("age:gaussian:5",)))
+    y = torch.tensor([[20.0], [60.0]])
+    step = Step(number=7, epoch=0, lr=0.1, ids=("a", "b"), y=y)
+    batch = Batch(7, np.arange(2), torch.zeros(2, 1, 16, 16, 16), 0.0)
+    with (
+        World().process_group(torch.device("cpu")),
+        pytest.raises(NonFinite, match=r"at step 7 the loss is finite and the gradient's norm is nan"),
+    ):
+        train_step(Exploding(), Loss(run.objective, y), batch, step, run)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "no provenance.json in"), ("{}", "is damaged (KeyError")])
+def test_a_run_folder_without_its_provenance_is_refused(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, message: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(one, run)
+    (run / "provenance.json").unlink()
+    if content is not None:
+        (run / "provenance.json").write_text(content)
+    assert main(str(run)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_more_ranks_than_gpus_are_refused(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"2 ranks on 1 GPUs; wanted a GPU a rank"):
+        prepare(config(store, tmp_path / "run"), 2)
+
+
+def test_a_run_folder_can_be_written_without_starting_it(store: Path, tmp_path: Path) -> None:
+    from cauc_dist.cli import main as cauc
+
+    options = ["--data.store", str(store), "--run", str(tmp_path / "run"), "--batch-size", "6", "--no-start"]
+    assert cauc(["train", "demo_cauc", *options]) == 0
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "provenance.json"]

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from cauc_dist import config
 from cauc_dist.encoders.cnn3d import CNN3d
@@ -17,6 +18,7 @@ from cauc_dist.errors import BadInput, nearest
 
 __all__ = ["MLP", "BatchNorm", "CNN3d", "DenseNet121", "Model", "Network", "Projector", "ResNet18", "build"]
 
+Norm = Literal["batch", "group"]
 Network = CNN3d | DenseNet121 | ResNet18 | MLP
 
 
@@ -42,6 +44,10 @@ def build(encoder: config.Encoder, in_shape: tuple[int, ...]) -> Network:
     return kind.make(encoder, in_shape[0])
 
 
+def _norm(encoder: config.Encoder, published: Norm) -> Norm:
+    return published if encoder.norm == "published" else encoder.norm
+
+
 @dataclass(frozen=True)
 class _Kind:
     """What an encoder takes, and how it is made."""
@@ -62,9 +68,9 @@ class _Kind:
 
 
 _KINDS = {
-    "cnn3d": _Kind(3, 9, lambda e, c: CNN3d(c, e.width, e.norm)),
-    "densenet121_3d": _Kind(3, 29, lambda e, c: DenseNet121(c, e.norm)),
-    "resnet18_3d": _Kind(3, 17, lambda e, c: ResNet18(3, c, e.norm)),
-    "resnet18_2d": _Kind(2, 5, lambda e, c: ResNet18(2, c, e.norm)),
-    "mlp": _Kind(0, 0, lambda e, c: MLP(c, e.width, e.norm)),
+    "cnn3d": _Kind(3, 9, lambda e, c: CNN3d(c, e.width, _norm(e, "group"))),
+    "densenet121_3d": _Kind(3, 29, lambda e, c: DenseNet121(c, _norm(e, "batch"))),
+    "resnet18_3d": _Kind(3, 17, lambda e, c: ResNet18(3, c, _norm(e, "batch"))),
+    "resnet18_2d": _Kind(2, 5, lambda e, c: ResNet18(2, c, _norm(e, "batch"))),
+    "mlp": _Kind(0, 0, lambda e, c: MLP(c, e.width, _norm(e, "group"))),
 }

@@ -26,7 +26,7 @@ class DenseNet121(nn.Module):
     1024-512-128 that makes 11,831,040 parameters. Filters start as in He et al., arXiv 1502.01852: normal, variance
     2 / fan-in.
 
-    Memory: dominated by activations, about 0.94 GiB a volume of 121x145x121 in fp32.
+    Memory: dominated by activations, about 0.9 GiB a volume of 121x145x121 in fp32.
     """
 
     def __init__(self, channels: int, kind: Norm) -> None:

@@ -112,7 +112,7 @@ def ingest(
     Reads sub-*/[ses-*/]anat/sub-*_<suffix>.nii[.gz] and participants.tsv; turns scans to RAS; never stretches:
     `shape` takes a window of that many voxels at the centre of every scan, `pad` lets zeros fill a smaller scan.
     `partial` keeps the pairs of scan and participant and sets the rest aside. `progress(done, scans)` is called
-    in the calling thread. Memory: workers (default: cores) times a shard (<= 128 MB) and a few float64 volumes.
+    in the calling thread. Memory: workers (default: cores) times a shard (<= 128 MiB) and a few float64 volumes.
     """
     started = time.perf_counter()
     _refuse_settings(store, shape, dtype)
@@ -455,6 +455,7 @@ def _describe(source: Path, headers: Sequence[Header]) -> dict[str, Any]:
 def _building(store: Path) -> Iterator[Path]:
     """An empty hidden sibling folder that becomes `store` at the end, or goes; one left by a kill is taken over."""
     folder = store.with_name(f".{store.name}.partial")
+    made = [parent for parent in folder.absolute().parents if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -468,6 +469,9 @@ def _building(store: Path) -> Iterator[Path]:
             _fsync(store.parent)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
+            for parent in made:  # the deepest first; one that somebody else has filled meanwhile stays
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
             raise
     finally:
         os.close(lock)

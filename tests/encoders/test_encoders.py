@@ -292,3 +292,14 @@ def test_a_row_of_zeros_stays_zero() -> None:
     from cauc_dist.encoders.projector import unit_rows
 
     assert unit_rows(torch.zeros(1, 3)).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_the_norm_is_the_published_one_unless_another_is_asked_for() -> None:
+    def kinds(name: str, norm: str) -> set[str]:
+        model = build(config.Encoder(name=name, norm=norm), SHAPES[name])  # type: ignore[arg-type]
+        return {type(m).__name__ for m in model.modules()} & {"BatchNorm", "GroupNorm"}
+
+    assert kinds("densenet121_3d", "published") == kinds("resnet18_3d", "published") == {"BatchNorm"}
+    assert kinds("cnn3d", "published") == kinds("mlp", "published") == {"GroupNorm"}
+    assert kinds("densenet121_3d", "group") == {"GroupNorm"}
+    assert kinds("cnn3d", "batch") == {"BatchNorm"}
