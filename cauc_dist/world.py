@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import HashStore
 
 from cauc_dist.errors import BadInput
 
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,6 @@ class World:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    local_world_size: int = 1
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "World":
@@ -42,7 +41,7 @@ class World:
                 wanted="all of a launcher's rank variables, or none of them",
                 do="start with `cauc train RECIPE --ranks N` or with torchrun, or unset them",
             )
-        return cls(int(env["RANK"]), int(env["LOCAL_RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"]))
+        return cls(int(env["RANK"]), int(env["LOCAL_RANK"]), int(env["WORLD_SIZE"]))
 
     def device(self, wanted: str = "auto") -> torch.device:
         """`cuda:local_rank` where CUDA is to be had, else the CPU; `wanted` forces one of them."""

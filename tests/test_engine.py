@@ -42,7 +42,7 @@ def train(run: Path, stage: int, first: int, last: int) -> dict[str, Tensor]:
     saved, _ = checkpoint.latest(run)
     if saved:
         checkpoint.load_module(model, saved.tensors)
-    engine = Engine(model, config, World(rank, rank, world_size, world_size), torch.device("cpu"))
+    engine = Engine(model, config, World(rank, rank, world_size), torch.device("cpu"))
     if saved:
         engine.load_moments(saved.tensors)
     x = torch.randn(5, N, 5, generator=torch.Generator().manual_seed(1))

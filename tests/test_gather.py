@@ -140,7 +140,7 @@ def through_the_engine(stage: int) -> tuple[list[float], list[Tensor]]:
         engine=config.Engine(zero_stage=stage),
         optim=config.Optim(weight_decay=0.1),  # type: ignore[arg-type]
     )
-    engine = Engine(model.float(), run, World(rank, rank, world_size, world_size), torch.device("cpu"))
+    engine = Engine(model.float(), run, World(rank, rank, world_size), torch.device("cpu"))
     norms = []
     for step in range(3):
         z = engine((x * (step + 1))[:, rank * b : (rank + 1) * b].float())

@@ -258,7 +258,7 @@ def test_deepspeed_is_told_everything_that_it_would_otherwise_decide() -> None:
     from cauc_dist.engine import deepspeed_config
     from cauc_dist.world import World
 
-    told = deepspeed_config(config(Path("x"), Path("y")), World(0, 0, 3, 3))
+    told = deepspeed_config(config(Path("x"), Path("y")), World(0, 0, 3))
     assert told["train_micro_batch_size_per_gpu"] == 2
     assert told["gradient_clipping"] == 0.0
     assert told["zero_optimization"] == {"stage": 1}
@@ -312,7 +312,7 @@ def test_the_exit_code_is_that_of_the_rank_that_brought_the_others_down(codes: d
 
 
 class Exploding:
-    """An engine whose loss is finite and whose gradient is not (tests/test_engine.py has the real one's word for it)."""
+    """An engine whose loss is finite and whose gradient is not; tests/test_engine.py shows the real one do the same."""
 
     device = torch.device("cpu")
 

@@ -10,18 +10,17 @@ TORCHRUN = {
     "RANK": "5",
     "LOCAL_RANK": "1",
     "WORLD_SIZE": "8",
-    "LOCAL_WORLD_SIZE": "4",
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "29500",
 }
 
 
 def test_without_rank_variables_the_world_is_this_process() -> None:
-    assert World.from_env({}) == World(0, 0, 1, 1)
+    assert World.from_env({}) == World(0, 0, 1)
 
 
 def test_the_elastic_agents_variables_are_taken() -> None:
-    assert World.from_env(TORCHRUN) == World(rank=5, local_rank=1, world_size=8, local_world_size=4)
+    assert World.from_env(TORCHRUN) == World(rank=5, local_rank=1, world_size=8)
 
 
 def test_half_a_world_is_refused_and_the_missing_half_named() -> None:
