@@ -21,7 +21,7 @@ import numpy as np
 
 from cauc_dist import elastic, journal, recipes
 from cauc_dist.prepare import prepare
-from cauc_dist.probe import Score, Table, interval, probe
+from cauc_dist.probe import Score, Table, balanced_accuracy, interval, probe
 from cauc_dist.provenance import provenance
 from cauc_dist.store.ingest import ingest
 
@@ -56,10 +56,7 @@ def pooled(tables: dict[tuple[str, int, int], Table], seeds: int, folds: int) ->
 
         def error(e: np.ndarray, y: np.ndarray, category: bool = category) -> np.ndarray:
             """Of subjects (..., n): the mean absolute error, or one minus the balanced accuracy."""
-            if not category:
-                return e.mean(-1)
-            per_class = [np.where(y == c, e, 0).sum(-1) / np.maximum((y == c).sum(-1), 1) for c in np.unique(y)]
-            return np.mean(per_class, axis=0)
+            return 1 - balanced_accuracy(y, e) if category else e.mean(-1)
 
         def of(row: str, column: str = column) -> np.ndarray:
             """(seeds, subjects), the subjects of all folds one after the other."""

@@ -9,7 +9,6 @@ there is no pickle in it. No metadata and no subject ids either.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cauc_dist.durable import sync, sync_tree
 from cauc_dist.errors import BadInput
 
 FOLDER, STATE, CARD = "checkpoints", "state.safetensors", "checkpoint.json"
@@ -45,16 +45,12 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], card: Mapping[str,
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / STATE)
-    _sync(temporary / STATE)
     text = json.dumps({**card, "step": step, "sha256": _sha256(temporary / STATE)}, indent=1)
-    with (temporary / CARD).open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(temporary)
+    (temporary / CARD).write_text(text, encoding="utf-8")
+    sync_tree(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
-    _sync(target.parent)
+    sync(target.parent)
     found = _found(run)
     at = found.index(target)
     # Newer ones than this were damaged, or of a life of the run that was given up: they would hide this one.
@@ -122,11 +118,3 @@ def _found(run: Path) -> list[Path]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from cauc_dist import config
 from cauc_dist.config import RunConfig
-from cauc_dist.errors import BadInput, nearest
+from cauc_dist.errors import BAD_INPUT, BadInput, nearest
 
 COMMANDS = {
     "demo": "the whole chain on a synthetic cohort: data, store, three trainings, probes, report",
@@ -42,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(arguments[1:])
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     except OSError as error:
         print(f"error: {error}. Check the path, its permissions and the disk.", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted; `cauc resume RUN` goes on from the last checkpoint", file=sys.stderr)
         return 130

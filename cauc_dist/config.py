@@ -181,6 +181,11 @@ class RunConfig:
     engine: Engine = field(default_factory=Engine)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
+    @property
+    def folder(self) -> Path:
+        """Where the run is kept."""
+        return self.run or Path("runs") / self.name
+
 
 def to_json(run: RunConfig) -> str:
     """The whole run as JSON text, every default written out."""

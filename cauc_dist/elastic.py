@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from cauc_dist.errors import BAD_INPUT, NON_FINITE
 from cauc_dist.world import cores, loopback_interface
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-OWN_CODES = (2, 3)  # bad input, non-finite loss: see cauc_dist.train
 
 
 def start(ranks: int, *arguments: str, threads: int = 0) -> int:
@@ -68,7 +68,7 @@ def _exit_code(error: "ChildFailedError") -> int:
 
 
 def _says_least(code: int) -> int:
-    if code in OWN_CODES:
+    if code in (BAD_INPUT, NON_FINITE):
         return 0
     if code < 0:
         return 3 if code == -signal.SIGTERM else 1

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+BAD_INPUT, NON_FINITE = 2, 3  # exit codes: input a run cannot start from; a loss or gradient that is not a number
+
 
 class BadInput(ValueError):
     """Data or settings a run cannot start from; the command line prints it and exits 2.

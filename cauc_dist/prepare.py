@@ -27,7 +27,7 @@ def prepare(run: RunConfig, ranks: int) -> Path:
 
     Raises BadInput for a store, column, batch size or folder that cannot serve; the folder then does not exist.
     """
-    folder = run.run or Path("runs") / run.name
+    folder = run.folder
     if folder.exists():
         raise BadInput(
             f"run folder {folder} exists already",
@@ -63,8 +63,6 @@ def check(run: RunConfig, ranks: int) -> Store:
     store = Store.open(run.data.store)
     train, _ = split(store.subjects, run.data.folds, run.data.fold)
     store.require(run.objective.columns, train)
-    if run.objective.kernel:
-        kernels.parse(run.objective.kernel, run.objective.combine)
     _check_kernel(run, store)
     Plan(train, run.batch_size, run.seed).rank_batch(0, 0, ranks)
     y = torch.from_numpy(store.metadata(run.objective.columns)[train])
@@ -129,12 +127,15 @@ def _check_devices(run: RunConfig, ranks: int) -> None:
 
 def _check_kernel(run: RunConfig, store: Store) -> None:
     """A distance between category codes means nothing: M is not one more than F."""
-    kinds = {column.name: column for column in store.columns}
-    for spec in run.objective.kernel:
-        name, kind = spec.split(":")[:2]
-        if kinds[name].kind == "category" and (kind != "delta" or run.objective.name == "rank_n_contrast"):
+    if not run.objective.kernel:
+        return
+    columns = {column.name: column for column in store.columns}
+    kernel = kernels.parse(run.objective.kernel, run.objective.combine)
+    for spec, name, factor in zip(run.objective.kernel, kernel.columns, kernel.factors, strict=True):
+        of_texts, by_distance = columns[name].kind == "category", factor.kind != "delta"
+        if of_texts and (by_distance or run.objective.name == "rank_n_contrast"):
             raise BadInput(
-                f"kernel {spec} on {name}, a column of texts ({', '.join(kinds[name].levels[:5])})",
+                f"kernel {spec} on {name}, a column of texts ({', '.join(columns[name].levels[:5])})",
                 wanted="a column of numbers, or the delta kernel and a loss that compares by it",
                 do=f"use {name}:delta, with another objective than rank_n_contrast",
             )

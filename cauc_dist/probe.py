@@ -54,7 +54,7 @@ class Score:
         def gain(rows: NDArray[np.int64]) -> Array:
             if self.metric == "MAE":
                 return (theirs - ours)[rows].mean(-1)  # type: ignore[no-any-return]
-            return _balanced_accuracy(truth[rows], ours[rows]) - _balanced_accuracy(truth[rows], theirs[rows])
+            return balanced_accuracy(truth[rows], ours[rows]) - balanced_accuracy(truth[rows], theirs[rows])
 
         return float(gain(np.arange(len(ours))[None])[0]), *interval(len(ours), gain)
 
@@ -195,20 +195,19 @@ def _one_store(configs: Sequence[RunConfig]) -> Store:
     for config in configs[1:]:
         if _held_out(config) != _held_out(first):
             raise BadInput(
-                f"{config.run} and {first.run} differ in store or fold",
+                f"{config.folder} and {first.folder} differ in store or fold",
                 wanted="runs with the same held-out subjects",
                 do="probe them one by one",
             )
         if config.encoder != first.encoder:
             raise BadInput(
-                f"{config.run} and {first.run} have different encoders",
+                f"{config.folder} and {first.folder} have different encoders",
                 wanted="runs that one untrained encoder is the baseline of",
                 do="probe them one by one",
             )
     store = Store.open(first.data.store)
     for config in configs:
-        assert config.run is not None
-        check_store(config.run, store)
+        check_store(config.folder, store)
     return store
 
 
@@ -218,18 +217,18 @@ def _held_out(config: RunConfig) -> tuple[Path, int, int]:
 
 def _name(config: RunConfig, configs: Sequence[RunConfig]) -> str:
     twins = sum(c.name == config.name for c in configs)
-    assert config.run is not None
-    return config.name if twins == 1 else f"{config.name} ({config.run.name})"
+    return config.name if twins == 1 else f"{config.name} ({config.folder.name})"
 
 
 def newest(config: RunConfig, store: Store, say: Callable[[str], None] = lambda line: None) -> Saved:
     """The newest sound checkpoint of a run; what is damaged is said."""
-    assert config.run is not None
-    saved, complaints = checkpoint.latest(config.run, card(config, store))
+    saved, complaints = checkpoint.latest(config.folder, card(config, store))
     for line in complaints:
         say(line)
     if saved is None:
-        raise BadInput(f"no sound checkpoint in {config.run}", wanted="a trained run", do=f"`cauc resume {config.run}`")
+        raise BadInput(
+            f"no sound checkpoint in {config.folder}", wanted="a trained run", do=f"`cauc resume {config.folder}`"
+        )
     return saved
 
 
@@ -296,9 +295,9 @@ def _classify(x: Array, y: Array, x_test: Array, y_test: Array) -> Score:
     search = GridSearchCV(LogisticRegression(max_iter=2000), grid, scoring="neg_log_loss", cv=min(5, smallest))
     predicted = search.fit(x, y).predict(x_test)
     wrong = (predicted != y_test).astype(float)
-    low, high = interval(len(wrong), lambda rows: _balanced_accuracy(y_test[rows], wrong[rows]))
+    low, high = interval(len(wrong), lambda rows: balanced_accuracy(y_test[rows], wrong[rows]))
     detail = {"accuracy": float(1 - wrong.mean()), **_auc(y_test, search.predict_proba(x_test), search.classes_)}
-    value = float(_balanced_accuracy(y_test[None], wrong[None])[0])
+    value = float(balanced_accuracy(y_test[None], wrong[None])[0])
     return Score("balanced acc.", value, low, high, detail, wrong.tolist(), y_test.tolist())
 
 
@@ -310,8 +309,8 @@ def _auc(y: Array, p: Array, classes: Array) -> dict[str, float]:
     return {"auc": float(np.mean([roc_auc_score(y == classes[k], p[:, k]) for k in told]))} if told else {}
 
 
-def _balanced_accuracy(y: Array, wrong: Array) -> Array:
-    """Mean over the classes present in each row of y (B, n) of the share of right ones: (B,)."""
+def balanced_accuracy(y: Array, wrong: Array) -> Array:
+    """Mean over the classes present in each row of y (..., n) of the share of right ones (1 - wrong): (...,)."""
     hits = []
     for label in np.unique(y):
         members = y == label

@@ -22,7 +22,7 @@ from cauc_dist import checkpoint, encoders
 from cauc_dist.augment import views
 from cauc_dist.config import RunConfig
 from cauc_dist.engine import Engine, learning_rate
-from cauc_dist.errors import BadInput
+from cauc_dist.errors import BAD_INPUT, NON_FINITE, BadInput
 from cauc_dist.gather import gather
 from cauc_dist.journal import Journal
 from cauc_dist.objective import Objective
@@ -32,8 +32,6 @@ from cauc_dist.store.reader import Store
 from cauc_dist.stream.loader import Batch, Loader
 from cauc_dist.stream.plan import Plan, split
 from cauc_dist.world import World
-
-NON_FINITE = 3  # exit code of a run that a non-finite loss stopped
 
 
 class NonFinite(RuntimeError):
@@ -83,11 +81,10 @@ def non_finite(step: Step, z_all: Tensor) -> str:
 
 def train(run: RunConfig, world: World) -> None:
     """Train, or go on from the newest sound checkpoint of the run folder. Call it on every rank, in a process group."""
-    assert run.run is not None
     if world.rank == 0:
-        own(run.run)
+        own(run.folder)
     store = Store.open(run.data.store)
-    check_store(run.run, store)
+    check_store(run.folder, store)
     rows, _ = split(store.subjects, run.data.folds, run.data.fold)
     plan = Plan(rows, run.batch_size, run.seed)
     y = torch.from_numpy(store.metadata(run.objective.columns))  # (N, k) float64: every rank knows all of it
@@ -107,7 +104,11 @@ def train(run: RunConfig, world: World) -> None:
         prefetch=run.data.prefetch,
     )
     quiet = world.rank != 0
-    with Journal(run.run, quiet=quiet) as journal, Progress(run.name, total, quiet=quiet) as progress, reads as batches:
+    with (
+        Journal(run.folder, quiet=quiet) as journal,
+        Progress(run.name, total, quiet=quiet) as progress,
+        reads as batches,
+    ):
         for line in complaints:
             progress.say(line)
             journal.write("damaged", message=line)
@@ -136,7 +137,7 @@ def train(run: RunConfig, world: World) -> None:
                 journal.write("checkpoint", step=step.number + 1)
             began = time.perf_counter()
         journal.write("end", step=total)
-        progress.finish(run.run)
+        progress.finish(run.folder)
 
 
 def own(folder: Path) -> None:
@@ -156,9 +157,8 @@ def own(folder: Path) -> None:
 
 def open_engine(run: RunConfig, world: World, store: Store) -> tuple[Engine, int, list[str]]:
     """The model under DeepSpeed, the step to go on from (0: from scratch), and a line for each damaged checkpoint."""
-    assert run.run is not None
     model = build_model(run, store.shape)
-    saved, complaints = checkpoint.latest(run.run, card(run, store))
+    saved, complaints = checkpoint.latest(run.folder, card(run, store))
     start = agree(saved.step if saved else 0)
     if saved:
         checkpoint.load_module(model, saved.tensors)
@@ -215,10 +215,9 @@ def _due(done: int, steps_per_epoch: int, every_epochs: int, total: int) -> bool
 
 
 def _save(engine: Engine, run: RunConfig, world: World, step: int, store: Store) -> None:
-    assert run.run is not None
     tensors: Mapping[str, Tensor] = engine.state()  # a collective: all ranks
     if world.rank == 0:
-        checkpoint.save(run.run, step, tensors, card(run, store), keep=run.checkpoint.keep)
+        checkpoint.save(run.folder, step, tensors, card(run, store), keep=run.checkpoint.keep)
     dist.barrier()
 
 
@@ -235,7 +234,7 @@ def main(folder: str) -> int:
             train(run, world)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     except NonFinite as error:
         if world.rank == 0:  # it is the same on every rank
             print(f"error: {error}", file=sys.stderr)

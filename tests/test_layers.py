@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "cauc_dist"
 LAYERS = [
-    ["__init__", "errors"],
+    ["__init__", "errors", "durable"],
     ["config"],
     [
         "recipes",

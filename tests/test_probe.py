@@ -113,7 +113,7 @@ def test_the_interval_of_a_mean_is_near_the_normal_one() -> None:
 def test_balanced_accuracy_of_resamples_is_sklearns() -> None:
     y, predicted = RNG.integers(0, 3, 50), RNG.integers(0, 3, 50)
     rows = RNG.integers(0, 50, (20, 50))
-    found = probe._balanced_accuracy(y[rows].astype(float), (y != predicted)[rows].astype(float))
+    found = probe.balanced_accuracy(y[rows].astype(float), (y != predicted)[rows].astype(float))
     assert found == pytest.approx([balanced_accuracy_score(y[r], predicted[r]) for r in rows])
 
 

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from cauc_dist import __version__
+from cauc_dist.durable import sync, sync_tree
 from cauc_dist.errors import BadInput
 from cauc_dist.store import layout
 from cauc_dist.store.bids import NAMED, Refused, Scan, find, pair, read_columns, read_table, some
@@ -463,10 +464,10 @@ def _building(store: Path) -> Iterator[Path]:
         try:
             _empty(folder)
             yield folder
-            _sync(folder)
+            sync_tree(folder)
             _refuse_taken(store)
             folder.rename(store)
-            _fsync(store.parent)
+            sync(store.parent)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             for parent in made:  # the deepest first; one that somebody else has filled meanwhile stays
@@ -496,20 +497,6 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-
-
-def _sync(folder: Path) -> None:
-    """Every file and folder below is on the disk before the rename can be."""
-    for path in (*folder.rglob("*"), folder):
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _by(sides: Any) -> str:
