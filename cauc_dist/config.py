@@ -151,6 +151,10 @@ class Engine:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
     """CPU threads a rank for torch; 0: OMP_NUM_THREADS, or the cores of the machine divided by its ranks."""
+    exchange: Literal["all_gather", "ring"] = "all_gather"
+    """How embeddings reach the other ranks. ring: where those of the whole batch do not fit on every GPU."""
+    wire: Literal["fp32", "fp16"] = "fp32"
+    """Precision of embeddings on the way; fp16 halves the bytes and moves cosines by about 1e-5 (docs/losses.md)."""
     timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run."""
 

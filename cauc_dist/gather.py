@@ -1,45 +1,197 @@
-"""Gather-all: the one collective that the loss needs.
+"""What the loss sends between ranks: embeddings forward, a few sums, and nothing in the backward pass.
 
-V views, b subjects a rank, W ranks, n = b*W subjects in the global batch, D embedding width.
+V views, b subjects on this rank, W ranks, n subjects in the global batch (rank r holds `shares(n, W)[r]`, in order),
+D embedding width. Every rank knows the metadata of the whole batch; only z travels.
+
+    exchange = AllGather(n)                       # or Ring(n)
+    loss = losses.cauc(z, y, kernel, exchange=exchange)      z (V, b, D) of this rank, y (n, k) of all
+
+A rank computes the pairs of its own rows with all rows, and holds the complete gradient of its own rows. It is
+multiplied by W because the trainer AVERAGES parameter gradients over ranks (DeepSpeed, DDP): the sum over ranks of the
+gradients through each rank's own rows is that of one process on the whole batch.
 """
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cauc_dist.losses.batch import Act, Batch
+
 # torch 2.13 renamed the first and warns of it; older versions know only the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class _GatherAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        views, b, width = z.shape
-        world_size, ctx.rank, ctx.b = dist.get_world_size(), dist.get_rank(), b
-        ctx.world_size = world_size
-        flat = z.new_empty((world_size * views, b, width))
-        _all_gather(flat, z.contiguous())
-        by_rank = flat.view(world_size, views, b, width)
-        return by_rank.transpose(0, 1).reshape(views, world_size * b, width)  # (V, n, D): rank r owns rows r*b...
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        start = ctx.rank * ctx.b
-        own: Tensor = grads[0][:, start : start + ctx.b] * ctx.world_size
-        return own
+def shares(n: int, world_size: int) -> list[int]:
+    """How many subjects each rank holds: n / W, one more on the first n mod W ranks."""
+    return [n // world_size + (rank < n % world_size) for rank in range(world_size)]
 
 
-def gather(z: Tensor) -> Tensor:
-    """Every rank gets the embeddings of the whole global batch, in global order.
+class Ranks(Batch):
+    """A batch of n subjects over the ranks of the default process group; what is common to both ways of exchange.
 
-    z (V, b, D), the same shape on every rank -> (V, n, D), differentiable, any float dtype. One all-gather of
-    V*b*D values forward, NO collective backward: the loss that follows is computed whole on every rank from the
-    same numbers, so that every rank holds the same dL/dz_all and its own rows are all it needs. They are multiplied
-    by W because the trainer AVERAGES parameter gradients over ranks (DeepSpeed, DDP): the sum over ranks of the
-    gradients through each rank's own rows is the gradient of one process on the whole batch.
-
-    Not for a loss that differs between ranks (one rank's anchors only): its column gradients would be lost.
+    z (V, b, D) are this rank's rows. `wire`: the dtype in which z is sent, e.g. torch.float16 for half the bytes; the
+    loss is then exactly that of the rounded z, on every rank alike, and its gradient is handed to z unchanged.
     """
-    return _GatherAll.apply(z)  # type: ignore[no-any-return, no-untyped-call]
+
+    def __init__(self, z: Tensor, n: int, wire: torch.dtype | None = None) -> None:
+        self.world_size, self.rank, self.n = dist.get_world_size(), dist.get_rank(), n
+        self.sizes = shares(n, self.world_size)
+        if z.shape[1] != self.sizes[self.rank]:
+            raise ValueError(
+                f"z has {z.shape[1]} subjects on rank {self.rank}; wanted {self.sizes[self.rank]}: "
+                f"{n} over {self.world_size} ranks are {self.sizes}"
+            )
+        self.start = sum(self.sizes[: self.rank])
+        self.wire = wire or z.dtype
+        self.z = z.detach().to(self.wire).to(z.dtype)
+
+    def gather(self, x: Tensor) -> Tensor:
+        gathered = x.new_empty((self.world_size, *x.shape))
+        _all_gather(gathered.flatten(0, 1) if x.ndim else gathered, x.contiguous())
+        return gathered
+
+    def everyone(self, x: Tensor) -> Tensor:
+        """An all-gather of the largest share; what pads the smaller ones is cut off again."""
+        return self._joined(self.gather(self._padded(x, 0)), 0)
+
+    def agree(self, upstream: Tensor) -> None:
+        """With TORCH_DISTRIBUTED_DEBUG set: ValueError on every rank where upstream gradients differ."""
+        if dist.get_debug_level() == dist.DebugLevel.OFF:  # type: ignore[attr-defined]
+            return
+        found = self.gather(upstream.detach().reshape(1)).flatten()
+        if not bool((found == found[0]).all()):
+            raise ValueError(
+                f"the gradient that arrives at the loss differs between ranks: {found.tolist()}; wanted one number. "
+                "Scale the loss by the same factor on every rank"
+            )
+
+    def whole(self, z: Tensor) -> Tensor:
+        """One all-gather forward, none backward: every rank computes the same loss from the same numbers, so that each
+        holds the same dL/dz, of which its own rows, times W, are all it needs.
+        """
+        return _Whole.apply(z, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _padded(self, x: Tensor, dim: int) -> Tensor:
+        short = max(self.sizes) - x.shape[dim]
+        if not short:
+            return x
+        return torch.cat([x, x.new_zeros((*x.shape[:dim], short, *x.shape[dim + 1 :]))], dim)
+
+    def _joined(self, gathered: Tensor, dim: int) -> Tensor:
+        """(W, ..., largest share, ...) -> (..., n, ...), without the padding."""
+        parts = [x.narrow(dim, 0, size) for x, size in zip(gathered, self.sizes, strict=True)]
+        return torch.cat(parts, dim)
+
+
+class AllGathered(Ranks):
+    """Every rank gets all rows: one all-gather of V n D numbers, on its way while the rank's own pairs are computed."""
+
+    def meet(self, act: Act) -> Tensor | None:
+        work = self._send()
+        act(self.start, self.z, "self")
+        work()
+        stop = self.start + self.z.shape[1]
+        for start, end in ((0, self.start), (stop, self.n)):
+            if start < end:
+                act(start, self.columns[:, start:end], "one")
+        return None
+
+    def total(self, of: Callable[[int, Tensor], Tensor]) -> Tensor:
+        self._send()()
+        return of(0, self.columns)
+
+    @cached_property
+    def _sent(self) -> tuple[Tensor, Any]:
+        z = self._padded(self.z, 1).to(self.wire).contiguous()
+        gathered = z.new_empty((self.world_size, *z.shape))
+        return gathered, _all_gather(gathered.flatten(0, 1), z, async_op=True)
+
+    def _send(self) -> Callable[[], None]:
+        """Start the all-gather, once; returns what waits for its end."""
+        work = self._sent[1]
+        return lambda: None if "columns" in self.__dict__ else work.wait()
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """(V, n, D): the embeddings of the whole batch, in global order."""
+        return self._joined(self._sent[0], 1).to(self.z.dtype)
+
+
+class Rotated(Ranks):
+    """Blocks go round half a ring: no rank ever holds more than three blocks (V, b, D), and each pair is computed once.
+
+    At hop k rank r meets the block of rank r + k, does its owner's part too and sends that back; where W is even, the
+    ranks opposite each other meet twice and each does its own part. Sends about as many bytes as an all-gather.
+    """
+
+    def meet(self, act: Act) -> Tensor | None:
+        act(self.start, self.z, "self")
+        ours: Tensor | None = None
+        hops = self.world_size // 2
+        block = self._padded(self.z, 1).to(self.wire).contiguous()
+        arriving = self._pass_on(block, -1, 1) if hops else None
+        for k in range(1, hops + 1):
+            assert arriving is not None
+            block = arriving()
+            arriving = self._pass_on(block, -1, 1) if k < hops else None  # on its way while we compute
+            other = (self.rank + k) % self.world_size
+            start, z = sum(self.sizes[:other]), block[:, : self.sizes[other]].to(self.z.dtype)
+            theirs = act(start, z, "one" if 2 * k == self.world_size else "both")
+            if theirs is not None:
+                owed = self._pass_on(self._padded(theirs, 1).contiguous(), k, -k)()[:, : self.sizes[self.rank]]
+                ours = owed if ours is None else ours + owed
+        return ours
+
+    def total(self, of: Callable[[int, Tensor], Tensor]) -> Tensor:
+        return self.gather(of(self.start, self.z)).sum(0)
+
+    def _pass_on(self, x: Tensor, to: int, source: int) -> Callable[[], Tensor]:
+        """Send x `to` ranks ahead and receive as much from `source` ahead; returns what waits for it."""
+        received = torch.empty_like(x)
+        ops = [
+            dist.P2POp(dist.isend, x, (self.rank + to) % self.world_size),
+            dist.P2POp(dist.irecv, received, (self.rank + source) % self.world_size),
+        ]
+        works = dist.batch_isend_irecv(ops)
+
+        def wait() -> Tensor:
+            for work in works:
+                work.wait()
+            return received
+
+        return wait
+
+
+class AllGather:
+    """Exchange by one all-gather: the fastest where V n D numbers fit on every rank."""
+
+    def __init__(self, n: int, wire: torch.dtype | None = None) -> None:
+        self.n, self.wire = n, wire
+
+    def __call__(self, z: Tensor) -> Batch:
+        return AllGathered(z, self.n, self.wire)
+
+
+class Ring:
+    """Exchange block by block: where V n D numbers do not fit on every rank."""
+
+    def __init__(self, n: int, wire: torch.dtype | None = None) -> None:
+        self.n, self.wire = n, wire
+
+    def __call__(self, z: Tensor) -> Batch:
+        return Rotated(z, self.n, self.wire)
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, batch: Ranks) -> Tensor:
+        ctx.batch = batch
+        return batch._joined(batch.gather(batch._padded(batch.z.to(batch.wire), 1)), 1).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0][:, ctx.batch.own] * ctx.batch.world_size, None

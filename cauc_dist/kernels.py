@@ -58,9 +58,9 @@ class Factor:
         """w: exp(-d^2 / (2 sigma^2)), 1 / (1 + gamma d^2), or 1 where d = 0 and else 0."""
         match self.kind:
             case "gaussian":
-                return torch.exp(-0.5 * (d / self.scale).square())
+                return (d / self.scale).square_().mul_(-0.5).exp_()
             case "cauchy":
-                return 1 / (1 + self.scale * d.square())
+                return d.square().mul_(self.scale).add_(1.0).reciprocal_()
             case "delta":
                 return (d == 0).to(d.dtype)
 
@@ -68,9 +68,10 @@ class Factor:
         """1 - w, to machine precision relative to itself: 1 - exp(-x) would round to 0 for small x."""
         match self.kind:
             case "gaussian":
-                return -torch.expm1(-0.5 * (d / self.scale).square())
+                return (d / self.scale).square_().mul_(-0.5).expm1_().neg_()
             case "cauchy":
-                return self.scale * d.square() / (1 + self.scale * d.square())
+                x = d.square().mul_(self.scale)
+                return x.div_(x + 1.0)
             case "delta":
                 return (d != 0).to(d.dtype)
 
@@ -134,16 +135,37 @@ class Kernel:
         fitted = [self._fit_column(k, y_train[:, k]) for k in range(len(self.columns))]
         return dataclasses.replace(self, factors=tuple(fitted))
 
-    def rows(self, y: Tensor | Rows) -> Rows:
-        """y (n, k) made ready for tiles. Looks once whether a value is missing: on a GPU, one synchronisation."""
+    def rows(self, y: Tensor | Rows, dtype: torch.dtype | None = None) -> Rows:
+        """y (n, k) made ready for tiles. Looks once whether a value is missing: on a GPU, one synchronisation.
+
+        `dtype`: the precision of the tiles, where it is to be less than that of y. Nothing is lost but the last bits of
+        differences: categories are numbered first, other columns are centred.
+        """
         if isinstance(y, Rows):
             return y
         self._check(y)
         y = floating(y.detach())
         missing = y.isnan()
-        if not bool(missing.any()):
-            return Rows(y, None, None)
-        return self._filled(Rows(y.masked_fill(missing, 0.0), missing, None))
+        rows = Rows(y, None, None)
+        if bool(missing.any()):
+            rows = self._filled(Rows(y.masked_fill(missing, 0.0), missing, None))
+        return rows if dtype is None or dtype == y.dtype else self._rounded(rows, dtype)
+
+    def only(self, columns: Sequence[int]) -> "Kernel":
+        """The same kernel of some of its columns, by their place."""
+        return Kernel(tuple(self.columns[k] for k in columns), tuple(self.factors[k] for k in columns), self.combine)
+
+    def _rounded(self, rows: Rows, dtype: torch.dtype) -> Rows:
+        y = torch.empty(rows.y.shape, dtype=dtype, device=rows.y.device)
+        for k, factor in enumerate(self.factors):
+            column = rows.y[:, k]
+            if factor.kind != "delta":
+                low, high = column.aminmax() if len(column) else (0.0, 0.0)
+                column = column - 0.5 * (low + high)
+            elif not torch.equal(column.to(dtype).to(column.dtype), column):
+                column = torch.unique(column, return_inverse=True)[1]  # equal stays equal, unlike stays unlike
+            y[:, k] = column
+        return Rows(y, rows.missing, None if rows.fill is None else rows.fill.to(dtype))
 
     # ---- one column -------------------------------------------------------------------------------------------
 
@@ -220,7 +242,24 @@ class Kernel:
             a, b = self._filled(a), self._filled(b)
         if self.combine == "mean":
             return self._mean(a, b, complement)
+        if a.missing is None and b.missing is None:
+            return self._product_of_known(a, b, complement)
         return self._product(a, b, complement)
+
+    def _product_of_known(self, a: Rows, b: Rows, complement: bool) -> Tensor:
+        """The product where no value is missing, in few passes over the tile: the speed of the tiled objectives."""
+        tile: Tensor | None = None
+        for k in sorted(self._used, key=lambda k: self.factors[k].kind == "delta"):  # categories last: they only mask
+            if self.factors[k].kind == "delta" and tile is not None:
+                tile.masked_fill_(a.y[:, None, k] != b.y[None, :, k], 1.0 if complement else 0.0)
+            elif tile is None:
+                tile = self._column(k, a, b, complement)
+            elif complement:  # 1 - f w = (1 - w) + w (1 - f)
+                tile.lerp_(torch.ones((), dtype=tile.dtype, device=tile.device), self._column(k, a, b, complement))
+            else:
+                tile.mul_(self._column(k, a, b, complement))
+        assert tile is not None  # a kernel has a column
+        return tile
 
     def _product(self, a: Rows, b: Rows, complement: bool) -> Tensor:
         *first, last = self._used

@@ -8,6 +8,7 @@ from torch import Tensor
 from cauc_dist import kernels, losses
 from cauc_dist.config import Objective as Settings
 from cauc_dist.errors import BadInput
+from cauc_dist.losses.batch import Batch, Exchange
 
 NEEDS_KERNEL = ("y_aware", "cauc", "supcon", "threshold", "expw", "rank_n_contrast")
 
@@ -44,31 +45,27 @@ class Objective:
                 do="change --objective or its kernel",
             ) from None
 
-    def loss(self, z: Tensor, y: Tensor) -> Tensor:
-        """z (V, n, D), y (n, k) of the whole global batch -> scalar."""
-        return _LOSSES[self._settings.name](self, z, y)
+    def loss(self, z: Tensor, y: Tensor, exchange: Exchange = Batch) -> Tensor:
+        """z (V, b, D) of this process, y (n, k) of the whole global batch -> scalar, the same on every process."""
+        return _LOSSES[self._settings.name](self, z, y, exchange)
 
     @torch.no_grad()
-    def geometry(self, z: Tensor, y: Tensor) -> Mapping[str, Tensor]:
+    def geometry(self, z: Tensor, y: Tensor, exchange: Exchange = Batch) -> Mapping[str, Tensor]:
         """Alignment and uniformity of a batch, and their conditional forms where there is a kernel; 0-d tensors."""
         s = self._settings
         z = torch.nn.functional.normalize(z.float(), dim=-1)
-        terms = {
-            "alignment": losses.conditional_alignment(z, self._subject(z), _SAME, s.alpha),
-            "uniformity": losses.uniformity(z, s.t),
-        }
+        terms = {"uniformity": losses.uniformity(z, s.t, exchange=exchange)}
+        if len(z) > 1:
+            terms["alignment"] = losses.alignment(z, s.alpha, exchange)
         if self._kernel is not None:
             y = y[:, : self._k]
-            terms["conditional_alignment"] = losses.conditional_alignment(z, y, self._kernel, s.alpha)
-            terms["conditional_uniformity"] = losses.conditional_uniformity(z, y, self._kernel, s.t)
+            terms["conditional_alignment"] = losses.conditional_alignment(
+                z, y, self._kernel, s.alpha, exchange=exchange
+            )
+            terms["conditional_uniformity"] = losses.conditional_uniformity(z, y, self._kernel, s.t, exchange=exchange)
         return terms
 
-    @staticmethod
-    def _subject(z: Tensor) -> Tensor:
-        """Each subject's own number as its metadata: conditional alignment is then Wang & Isola's alignment."""
-        return torch.arange(z.shape[1], dtype=z.dtype, device=z.device)[:, None]
-
-    def _cauc(self, z: Tensor, y: Tensor) -> Tensor:
+    def _cauc(self, z: Tensor, y: Tensor, exchange: Exchange) -> Tensor:
         s = self._settings
         return losses.cauc(
             z,
@@ -80,6 +77,7 @@ class Objective:
             lambda_unif=s.lambda_unif,
             views=s.views,
             within=None if s.within is None else y[:, -1],
+            exchange=exchange,
         )
 
     @property
@@ -109,20 +107,21 @@ def _refuse_unread(settings: Settings) -> None:
         )
 
 
-_SAME = kernels.product(subject=kernels.delta())
-_Loss = Callable[[Objective, Tensor, Tensor], Tensor]
+_Loss = Callable[[Objective, Tensor, Tensor, Exchange], Tensor]
 _LOSSES: dict[str, _Loss] = {
-    "simclr": lambda o, z, y: losses.ntxent(z, o._settings.tau),
-    "align_uniform": lambda o, z, y: losses.align_uniform(
-        z, o._settings.alpha, o._settings.t, _or_one(o._settings.lambda_align), o._settings.lambda_unif
+    "simclr": lambda o, z, y, e: losses.ntxent(z, o._settings.tau, exchange=e),
+    "align_uniform": lambda o, z, y, e: losses.align_uniform(
+        z, o._settings.alpha, o._settings.t, _or_one(o._settings.lambda_align), o._settings.lambda_unif, exchange=e
     ),
-    "decoupled_uniformity": lambda o, z, y: losses.decoupled_uniformity(z, y[:, : o._k], o._kernel, o._settings.t),
-    "supcon": lambda o, z, y: losses.supcon(z, y[:, 0], o._settings.tau),
-    "y_aware": lambda o, z, y: losses.y_aware_infonce(
-        z, y[:, : o._k], o._kernel_, o._settings.tau, o._settings.normalise
+    "decoupled_uniformity": lambda o, z, y, e: losses.decoupled_uniformity(
+        z, y[:, : o._k], o._kernel, o._settings.t, exchange=e
+    ),
+    "supcon": lambda o, z, y, e: losses.supcon(z, y[:, 0], o._settings.tau, exchange=e),
+    "y_aware": lambda o, z, y, e: losses.y_aware_infonce(
+        z, y[:, : o._k], o._kernel_, o._settings.tau, o._settings.normalise, exchange=e
     ),
     "cauc": Objective._cauc,
-    "threshold": lambda o, z, y: losses.threshold(z, y[:, : o._k], o._kernel_, o._settings.tau),
-    "expw": lambda o, z, y: losses.expw(z, y[:, : o._k], o._kernel_, o._settings.tau),
-    "rank_n_contrast": lambda o, z, y: losses.rank_n_contrast(z, y[:, : o._k], o._settings.tau),
+    "threshold": lambda o, z, y, e: losses.threshold(z, y[:, : o._k], o._kernel_, o._settings.tau, exchange=e),
+    "expw": lambda o, z, y, e: losses.expw(z, y[:, : o._k], o._kernel_, o._settings.tau, exchange=e),
+    "rank_n_contrast": lambda o, z, y, e: losses.rank_n_contrast(z, y[:, : o._k], o._settings.tau, exchange=e),
 }

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from cauc_dist.augment import views
 from cauc_dist.config import RunConfig
 from cauc_dist.engine import Engine, learning_rate
 from cauc_dist.errors import BAD_INPUT, NON_FINITE, BadInput
-from cauc_dist.gather import gather
+from cauc_dist.gather import AllGather, Ring
 from cauc_dist.journal import Journal
+from cauc_dist.losses.batch import Exchange
+from cauc_dist.losses.batch import NonFinite as NonFiniteEmbeddings
 from cauc_dist.objective import Objective
 from cauc_dist.prepare import check_store, load
 from cauc_dist.progress import Progress
@@ -51,27 +53,30 @@ class Step:
     """(n, k) their metadata."""
 
 
-def train_step(engine: Engine, objective: Objective, batch: Batch, step: Step, run: RunConfig) -> dict[str, float]:
+def train_step(
+    engine: Engine, objective: Objective, exchange: Exchange, batch: Batch, step: Step, run: RunConfig
+) -> dict[str, float]:
     """One update; returns the terms of the loss on the GLOBAL batch, the same numbers on every rank."""
     x = batch.volumes.to(engine.device, non_blocking=True)  # (b, c, X, Y, Z)
     x = views(x, batch.rows.tolist(), seed=run.seed, epoch=step.epoch, augment=run.augment)  # (V*b, c, X, Y, Z)
     z = engine(x).view(run.augment.views, len(batch.rows), -1)  # (V, b, D)
-    z_all = gather(z)  # (V, n, D)
-    loss = objective.loss(z_all, step.y)
     # Every rank holds the same number, so every rank stops at the same step, before any parameter is touched.
-    if not bool(torch.isfinite(loss)):
-        raise NonFinite(non_finite(step, z_all.detach()))
+    try:
+        loss = objective.loss(z, step.y, exchange)
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteEmbeddings.of(exchange(z))
+    except NonFiniteEmbeddings as error:
+        raise NonFinite(non_finite(step, error.subjects)) from None
     try:
         norm = engine.step(loss, step.lr)
     except FloatingPointError as error:
         raise NonFinite(f"at step {step.number} the loss is finite and {error}. Lower the learning rate") from None
-    terms = {"loss": loss, **objective.geometry(z_all.detach(), step.y)}
+    terms = {"loss": loss, **objective.geometry(z.detach(), step.y, exchange)}
     return {name: term.item() for name, term in terms.items()} | {"grad_norm": norm, "lr": step.lr}
 
 
-def non_finite(step: Step, z_all: Tensor) -> str:
-    """Which subjects' embeddings (V, n, D) are not finite at which step, and what to do."""
-    bad = (~z_all.isfinite().all(-1)).any(0).nonzero().flatten().tolist()
+def non_finite(step: Step, bad: Sequence[int]) -> str:
+    """Which subjects' embeddings are not finite at which step, and what to do; `bad`: their places in the batch."""
     where = f"embeddings of {', '.join(step.ids[i] for i in bad)} are not finite"
     if len(bad) in (0, len(step.ids)):
         where = "all embeddings are finite, the loss is not" if not bad else "not one embedding is"
@@ -90,6 +95,7 @@ def train(run: RunConfig, world: World) -> None:
     y = torch.from_numpy(store.metadata(run.objective.columns))  # (N, k) float64: every rank knows all of it
     objective = Objective(run.objective, y[torch.from_numpy(rows)])
     engine, start, complaints = open_engine(run, world, store)
+    exchange = open_exchange(run)
     total = run.epochs * plan.steps_per_epoch
     facts = derived(run, world, plan, store, engine, start)
     reads = Loader(
@@ -125,7 +131,7 @@ def train(run: RunConfig, world: World) -> None:
                 y=y[torch.from_numpy(scans)].to(engine.device),
             )
             try:
-                record = train_step(engine, objective, batch, step, run)
+                record = train_step(engine, objective, exchange, batch, step, run)
             except NonFinite as error:
                 journal.write("non_finite", step=step.number, message=str(error))
                 raise
@@ -166,6 +172,12 @@ def open_engine(run: RunConfig, world: World, store: Store) -> tuple[Engine, int
     if saved:
         engine.load_moments(saved.tensors)
     return engine, start, complaints
+
+
+def open_exchange(run: RunConfig) -> Exchange:
+    """How embeddings of the global batch meet, as the run says."""
+    wire = torch.float16 if run.engine.wire == "fp16" else None
+    return AllGather(run.batch_size, wire) if run.engine.exchange == "all_gather" else Ring(run.batch_size, wire)
 
 
 def build_model(run: RunConfig, shape: tuple[int, ...]) -> encoders.Model:

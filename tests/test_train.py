@@ -204,11 +204,9 @@ def test_a_loss_that_is_not_finite_ends_with_code_3_and_names_the_step(
 
 def test_the_message_of_a_non_finite_loss_names_the_subjects_of_those_rows() -> None:
     step = Step(number=7, epoch=0, lr=0.1, ids=("f", "b", "d"), y=torch.zeros(3, 1))
-    z = torch.zeros(2, 3, 4)
-    assert "all embeddings are finite, the loss is not" in non_finite(step, z)
-    z[0, 0, 1], z[1, 2, 3] = float("nan"), float("inf")
-    assert non_finite(step, z).startswith("the loss at step 7 is not finite: embeddings of f, d are not finite")
-    assert "not one embedding is" in non_finite(step, z * float("nan"))
+    assert "all embeddings are finite, the loss is not" in non_finite(step, [])
+    assert non_finite(step, [0, 2]).startswith("the loss at step 7 is not finite: embeddings of f, d are not finite")
+    assert "not one embedding is" in non_finite(step, [0, 1, 2])
 
 
 def test_no_decay_on_norms_and_biases_and_every_parameter_in_one_group() -> None:
@@ -324,6 +322,7 @@ class Exploding:
 
 
 def test_a_gradient_that_is_not_finite_is_told_from_a_loss_that_is_not(store: Path) -> None:
+    from cauc_dist.gather import AllGather
     from cauc_dist.objective import Objective as Loss
     from cauc_dist.stream.loader import Batch
     from cauc_dist.train import NonFinite, train_step
@@ -337,7 +336,7 @@ def test_a_gradient_that_is_not_finite_is_told_from_a_loss_that_is_not(store: Pa
         World().process_group(torch.device("cpu")),
         pytest.raises(NonFinite, match=r"at step 7 the loss is finite and the gradient's norm is nan"),
     ):
-        train_step(Exploding(), Loss(run.objective, y), batch, step, run)  # type: ignore[arg-type]
+        train_step(Exploding(), Loss(run.objective, y), AllGather(2), batch, step, run)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "no provenance.json in"), ("{}", "is damaged (KeyError")])

@@ -1,39 +1,32 @@
-"""The objectives of arXiv 2111.05643 and its antecedents, dense: y-Aware InfoNCE, conditional alignment, conditional
-uniformity. Letters and shapes: `cauc_dist.losses.pairwise`; definitions and choices: docs/losses.md.
+"""The objectives of arXiv 2111.05643 and its antecedents: y-Aware InfoNCE, conditional alignment and uniformity.
 
-Pure functions: z (V, n, D) of unit rows and y (n, k) in, a scalar of z's dtype and device out, differentiable in z.
-y has no gradient. Nothing checks that rows are of unit norm (on a GPU that would wait for the device at each step).
-Memory: a few M x M matrices (M = V n), with the backward pass; docs/losses.md has the measured limits.
+Letters: `cauc_dist.losses.tiled`; definitions, choices and costs: docs/losses.md.
+
+z (V, b, D) of unit rows and y (n, k) in, a scalar of z's dtype and device out, differentiable in z, not in y.
+`exchange` says how z's rows reach those of other processes (`cauc_dist.gather`); by default they are the whole batch,
+b = n. Time M^2 D, memory a few times z. Nothing checks that rows are of unit norm: that is the caller's.
 """
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from cauc_dist.kernels import Kernel
-from cauc_dist.losses.pairwise import (
-    Views,
-    choice,
-    complements,
-    cosine,
-    divide,
-    embeddings,
-    equal,
-    grouped,
-    log_mean_exp,
-    others,
-    pool,
-    pool_weights,
-    positive,
-    power,
-    squared_distance,
-    weights,
-)
+from cauc_dist.losses import terms
+from cauc_dist.losses.batch import Batch, Exchange
+from cauc_dist.losses.checks import Views, choice, codes, embeddings, metadata, positive, spread, temperature
+from cauc_dist.losses.similar import similar
+from cauc_dist.losses.terms import Term, evaluate
+from cauc_dist.losses.tiled import Weights
 
 
 def y_aware_infonce(
-    z: Tensor, y: Tensor, kernel: Kernel, tau: float = 0.1, normalise: Literal["row", "column"] = "row"
+    z: Tensor,
+    y: Tensor,
+    kernel: Kernel,
+    tau: float = 0.1,
+    normalise: Literal["row", "column"] = "row",
+    exchange: Exchange = Batch,
 ) -> Tensor:
     """InfoNCE in which every other embedding is a positive, to the degree its metadata is near.
 
@@ -42,48 +35,52 @@ def y_aware_infonce(
     over all M embeddings, own other view included. `normalise="column"` reproduces the code published with that
     paper: p_ij = w_ij / sum_{k!=j} w_jk, and the sum over views of the mean over anchors, V times ours.
     """
-    z = embeddings(z)
-    return info_nce(z, weights(z, y, kernel), tau, normalise)
-
-
-def info_nce(z: Tensor, w: Tensor, tau: float, normalise: Literal["row", "column"] = "row") -> Tensor:
-    """The sum above for weights w (n, n) of subjects: NT-Xent for w = identity, SupCon for w = same class."""
-    positive(tau=tau)
+    temperature(tau)
     choice("normalise", normalise, "row", "column")
-    views, n, _ = z.shape
-    s = others(cosine(pool(z))) / tau  # (M, M-1)
-    w = pool_weights(w, views).fill_diagonal_(0)
-    p = others(divide(w, w.sum(1 if normalise == "row" else 0, keepdim=True)))
-    anchors = views * n if normalise == "row" else n
-    return (p * (s.logsumexp(1, keepdim=True) - s)).sum() / anchors
+    z, batch = embeddings(z, exchange=exchange)
+    y = metadata(y, batch)
+    likes = similar(Weights(kernel, y, z.dtype), y, z)
+    return evaluate(z, batch, (1.0, terms.info_nce(tau, likes, normalise == "row")))
 
 
 def conditional_alignment(
-    z: Tensor, y: Tensor, kernel: Kernel, alpha: float = 2.0, normalise: Literal["row", "global"] = "row"
+    z: Tensor,
+    y: Tensor,
+    kernel: Kernel,
+    alpha: float = 2.0,
+    normalise: Literal["row", "global"] = "row",
+    exchange: Exchange = Batch,
 ) -> Tensor:
     """Mean distance of embeddings of near metadata, own other view with weight 1   (arXiv 2111.05643).
 
     row:    (1/M) sum_i sum_{j!=i} p_ij d_ij^(alpha/2),  p_ij = w_ij / sum_{k!=i} w_ik     (the one inside y-Aware)
     global: sum_{i!=j} w_ij d_ij^(alpha/2) / sum_{i!=j} w_ij
+
+    Where d = 0 and alpha < 2 the gradient is 0.
     """
+    z, batch = embeddings(z, exchange=exchange)
+    y = metadata(y, batch)
+    return evaluate(z, batch, (1.0, _alignment(batch, y, Weights(kernel, y, z.dtype), alpha, normalise)))
+
+
+def _alignment(batch: Batch, y: Tensor, weights: Weights, alpha: float, normalise: str) -> Term:
     positive(alpha=alpha)
     choice("normalise", normalise, "row", "global")
-    z = embeddings(z)
-    d = power(squared_distance(pool(z)), alpha / 2)  # (M, M)
-    w = pool_weights(weights(z, y, kernel), len(z)).fill_diagonal_(0)
-    if normalise == "global":
-        return divide((w * d).sum(), w.sum())
-    return (divide(w, w.sum(1, keepdim=True)) * d).sum() / len(d)
+    likes = similar(weights, y, batch.z)
+    if alpha == 2:
+        return terms.alignment(likes, normalise == "row")
+    return terms.powered_alignment(likes, weights, normalise == "row", alpha / 2)
 
 
-def uniformity(z: Tensor, t: float = 2.0, views: Views = "within") -> Tensor:
+def uniformity(z: Tensor, t: float = 2.0, views: Views = "within", exchange: Exchange = Batch) -> Tensor:
     """Spread over the sphere: log mean_{i<j} e^{-t d_ij}   (Wang & Isola, arXiv 2005.10242).
 
     `within`: over pairs of one view, averaged over views. `pooled`: over all pairs of the M embeddings.
     """
-    positive(t=t)
-    d = others(squared_distance(grouped(embeddings(z), views)))  # (sets, m, m-1): i<j and j<i alike
-    return log_mean_exp(-t * d, torch.ones_like(d)).mean()
+    spread(t)
+    choice("views", views, "within", "pooled")
+    z, batch = embeddings(z, exchange=exchange)
+    return evaluate(z, batch, (1.0, terms.uniformity(t, views == "pooled")))
 
 
 def conditional_uniformity(
@@ -94,26 +91,28 @@ def conditional_uniformity(
     normalise: Literal["global", "row"] = "global",
     views: Views = "within",
     within: Tensor | None = None,
+    exchange: Exchange = Batch,
 ) -> Tensor:
     """Spread of embeddings of UNLIKE metadata: pairs repel with weight c_ij = 1 - w_ij.
 
     global: log[ sum_{i!=j} c_ij e^{-t d_ij} / sum_{i!=j} c_ij ]       (arXiv 2111.05643 up to a constant)
     row:    c_ij divided by its row sum first, rows of zero mass left out                 (Ruppli et al. 2023)
 
-    `views` as in `uniformity`. `within`: labels (n,), e.g. the site; only pairs of one label repel.
-    0 with zero gradient where no pair has weight (constant metadata).
+    `views` as in `uniformity`; an own other view has c = 0. `within`: labels (n,), e.g. the site; only pairs of one
+    label repel. 0 with zero gradient where no pair has weight (constant metadata).
     """
-    positive(t=t)
+    z, batch = embeddings(z, exchange=exchange)
+    weights = Weights(kernel, metadata(y, batch), z.dtype)
+    return evaluate(z, batch, (1.0, _uniformity(batch, weights, t, normalise, views, within)))
+
+
+def _uniformity(batch: Batch, weights: Weights, t: float, normalise: str, views: str, within: Tensor | None) -> Term:
+    spread(t)
     choice("normalise", normalise, "global", "row")
-    z = embeddings(z)
-    sets = grouped(z, views)
-    c = complements(z, y, kernel)
+    choice("views", views, "within", "pooled")
     if within is not None:
-        c = c * equal(within, z)
-    c = c if views == "within" else pool_weights(c, len(z))  # own other view: c = 0, never repelled
-    if normalise == "row":
-        c = divide(c, c.sum(1, keepdim=True))
-    return log_mean_exp(-t * squared_distance(sets), c).mean()
+        weights = weights.among(codes(within, batch))
+    return terms.uniformity(t, views == "pooled", weights, normalise == "row")
 
 
 def cauc(
@@ -128,12 +127,16 @@ def cauc(
     normalise_unif: Literal["global", "row"] = "global",
     views: Views = "within",
     within: Tensor | None = None,
+    exchange: Exchange = Batch,
 ) -> Tensor:
     """lambda_align * conditional alignment + lambda_unif * conditional uniformity   (arXiv 2111.05643).
 
     lambda_align defaults to t: y-Aware InfoNCE of tau is, but for a constant, the row alignment times 1/(2 tau) plus
     a uniformity of t = 1/(2 tau) (docs/losses.md, exact fact 1).
     """
-    align = conditional_alignment(z, y, kernel, alpha, normalise_align)
-    unif = conditional_uniformity(z, y, kernel, t, normalise_unif, views, within)
-    return (t if lambda_align is None else lambda_align) * align + lambda_unif * unif
+    z, batch = embeddings(z, exchange=exchange)
+    y = metadata(y, batch)
+    weights = Weights(kernel, y, z.dtype)
+    align = _alignment(batch, y, weights, alpha, normalise_align)
+    unif = _uniformity(batch, weights, t, normalise_unif, views, within)
+    return evaluate(z, batch, (t if lambda_align is None else lambda_align, align), (lambda_unif, unif))

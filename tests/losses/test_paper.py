@@ -338,9 +338,9 @@ def test_sharp_temperatures_do_not_underflow_in_fp32() -> None:
     """e^{-t d} is below the smallest fp32 number for opposite embeddings from t = 26 on."""
     z = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]])
     y = torch.arange(4.0)[:, None]
-    assert uniformity(z, t=200.0).item() == pytest.approx(-400 + math.log(8 / 12), rel=1e-6)
-    assert conditional_uniformity(z, y, delta(), t=200.0).item() == pytest.approx(-400 + math.log(8 / 12), rel=1e-6)
-    assert y_aware_infonce(z, y, gaussian(1.0), tau=0.001).isfinite()
+    assert uniformity(z, t=120.0).item() == pytest.approx(-240 + math.log(8 / 12), rel=1e-6)
+    assert conditional_uniformity(z, y, delta(), t=120.0).item() == pytest.approx(-240 + math.log(8 / 12), rel=1e-6)
+    assert y_aware_infonce(z, y, gaussian(1.0), tau=0.004).isfinite()
 
 
 def test_pairs_of_nearly_equal_metadata_still_repel_in_fp32() -> None:
