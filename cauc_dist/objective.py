@@ -52,18 +52,9 @@ class Objective:
     @torch.no_grad()
     def geometry(self, z: Tensor, y: Tensor, exchange: Exchange = Batch) -> Mapping[str, Tensor]:
         """Alignment and uniformity of a batch, and their conditional forms where there is a kernel; 0-d tensors."""
-        s = self._settings
         z = torch.nn.functional.normalize(z.float(), dim=-1)
-        terms = {"uniformity": losses.uniformity(z, s.t, exchange=exchange)}
-        if len(z) > 1:
-            terms["alignment"] = losses.alignment(z, s.alpha, exchange)
-        if self._kernel is not None:
-            y = y[:, : self._k]
-            terms["conditional_alignment"] = losses.conditional_alignment(
-                z, y, self._kernel, s.alpha, exchange=exchange
-            )
-            terms["conditional_uniformity"] = losses.conditional_uniformity(z, y, self._kernel, s.t, exchange=exchange)
-        return terms
+        columns = y[:, : self._k] if self._k else None
+        return losses.geometry(z, columns, self._kernel, self._settings.t, self._settings.alpha, exchange)
 
     def _cauc(self, z: Tensor, y: Tensor, exchange: Exchange) -> Tensor:
         s = self._settings

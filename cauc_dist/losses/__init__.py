@@ -1,11 +1,12 @@
 """The objectives as pure functions of tensors. Definitions, sources, costs and limits: docs/losses.md."""
 
-from cauc_dist.losses.baselines import align_uniform, alignment, decoupled_uniformity, ntxent, supcon
+from cauc_dist.losses.baselines import align_uniform, decoupled_uniformity, ntxent, supcon
 from cauc_dist.losses.dense import expw, rank_n_contrast, threshold
 from cauc_dist.losses.paper import (
     cauc,
     conditional_alignment,
     conditional_uniformity,
+    geometry,
     uniformity,
     y_aware_infonce,
 )
@@ -13,12 +14,12 @@ from cauc_dist.losses.terms import loss_and_grad
 
 __all__ = [
     "align_uniform",
-    "alignment",
     "cauc",
     "conditional_alignment",
     "conditional_uniformity",
     "decoupled_uniformity",
     "expw",
+    "geometry",
     "loss_and_grad",
     "ntxent",
     "rank_n_contrast",

@@ -37,13 +37,6 @@ def supcon(z: Tensor, labels: Tensor, tau: float = 0.1, exchange: Exchange = Bat
     return evaluate(z, batch, (1.0, terms.info_nce(tau, Factored(codes(labels, batch)))))
 
 
-def alignment(z: Tensor, alpha: float = 2.0, exchange: Exchange = Batch) -> Tensor:
-    """mean_i ||z_i - z_i'||^alpha, over pairs of views of a subject   (Wang & Isola, arXiv 2005.10242)."""
-    positive(alpha=alpha)
-    z, batch = embeddings(z, views=2, exchange=exchange)
-    return evaluate(z, batch, (1.0, terms.view_alignment(alpha)))
-
-
 def align_uniform(
     z: Tensor,
     alpha: float = 2.0,

@@ -140,3 +140,27 @@ def cauc(
     align = _alignment(batch, y, weights, alpha, normalise_align)
     unif = _uniformity(batch, weights, t, normalise_unif, views, within)
     return evaluate(z, batch, (t if lambda_align is None else lambda_align, align), (lambda_unif, unif))
+
+
+def geometry(
+    z: Tensor,
+    y: Tensor | None = None,
+    kernel: Kernel | None = None,
+    t: float = 2.0,
+    alpha: float = 2.0,
+    exchange: Exchange = Batch,
+) -> dict[str, Tensor]:
+    """What to watch in any training: alignment and uniformity, and their conditional forms where a kernel is given.
+
+    0-d tensors (float64), of defaults but for t and alpha, without gradient; one exchange for all of them.
+    """
+    z, batch = embeddings(z.detach(), exchange=exchange)
+    watched = {"uniformity": terms.uniformity(t, pooled=False)}
+    if len(z) > 1:
+        watched["alignment"] = terms.view_alignment(alpha)
+    if kernel is not None and y is not None:
+        y = metadata(y, batch)
+        weights = Weights(kernel, y, z.dtype)
+        watched["conditional_alignment"] = _alignment(batch, y, weights, alpha, "row")
+        watched["conditional_uniformity"] = _uniformity(batch, weights, t, "global", "within", None)
+    return dict(zip(watched, terms.measure(batch, *watched.values()), strict=True))

@@ -60,14 +60,13 @@ class Matrix:
         return self.w.sum(1, dtype=torch.float64) if v is None else self.w.to(v) @ v
 
     def pull(self, batch: Batch, a: Tensor) -> Tensor:
-        a = a.to(self.w)[:, None]
+        a = a.to(self.w)
 
         def products(start: int, z: Tensor) -> Tensor:
-            run, x = slice(start, start + z.shape[1]), z.sum(0)
-            return self.w[:, run] @ torch.cat([x, a[run] * x], 1)  # (n, 2 D)
+            run = slice(start, start + z.shape[1])
+            return (self.w[:, run] * (a[:, None] + a[run])) @ z.sum(0)  # (n, D)
 
-        plain, scaled = batch.total(products)[batch.own].chunk(2, dim=1)
-        return torch.addcmul(scaled, a[batch.own], plain)
+        return batch.total(products)[batch.own]
 
 
 @dataclass(frozen=True, eq=False)

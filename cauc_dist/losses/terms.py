@@ -55,21 +55,31 @@ def loss_and_grad(loss: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, 
     return value.detach(), dz - (dz * z).sum(-1, keepdim=True) * z
 
 
+def measure(batch: Batch, *terms: Term) -> list[Tensor]:
+    """The value of each term (float64, 0-d), without gradient, in one exchange."""
+    return [value for value, _ in _solve(batch, terms, grad=False)]
+
+
+def _solve(batch: Batch, terms: Sequence[Term], grad: bool) -> list[tuple[Tensor, Tensor | None]]:
+    parts = [term(batch, grad) for term in terms]
+    finite = batch.z.abs().sum(dtype=torch.float64)[None]
+    totals = batch.gather(torch.cat([finite, *(part.sums for part in parts)])).sum(0)
+    if not bool(totals.isfinite().all()):
+        raise NonFinite.of(batch)
+    found, end = [], 1
+    for part in parts:
+        found.append(part.finish(totals[end : end + len(part.sums)]))
+        end += len(part.sums)
+    return found
+
+
 class _Evaluate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, batch: Batch, terms: Sequence[tuple[float, Term]]) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
-        parts = [term(batch, wanted) for _, term in terms]
-        finite = batch.z.abs().sum(dtype=torch.float64)[None]
-        totals = batch.gather(torch.cat([finite, *(part.sums for part in parts)])).sum(0)
-        if not bool(totals.isfinite().all()):
-            raise NonFinite.of(batch)
+        found = _solve(batch, [term for _, term in terms], ctx.needs_input_grad[0])
         value = torch.zeros((), dtype=torch.float64, device=z.device)
         gradient: Tensor | None = None
-        end = 1
-        for (factor, _), part in zip(terms, parts, strict=True):
-            end += len(part.sums)
-            term, slope = part.finish(totals[end - len(part.sums) : end])
+        for (factor, _), (term, slope) in zip(terms, found, strict=True):
             value += factor * term
             if slope is not None:
                 gradient = slope.mul_(factor) if gradient is None else gradient.add_(slope, alpha=factor)
@@ -201,10 +211,8 @@ def info_nce(tau: float, similar: Similar, by_row: bool = True) -> Term:
         views, n = len(batch.z), batch.n
         mass = pooled_mass(batch, similar)
         scale = reciprocal(mass)
-        if by_row:
-            r = (mass > 0).double()
-        else:  # the sum over all others of w_ij / W_j
-            r = views * similar.row_sums(batch, scale) + (views - 1) * scale
+        # By column: the sum over all others of w_ij / W_j.
+        r = (mass > 0).double() if by_row else views * similar.row_sums(batch, scale) + (views - 1) * scale
         anchors = views * n if by_row else n
         sweep = tiled.Sweep(batch, 1, kappa)
         sums = batch.everyone(tiled.exp_row_sums(sweep).T.contiguous()).T  # (V, n)
