@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 demo: $(READY)  ## the whole chain on a synthetic cohort, about three minutes
 	$(BIN)/cauc demo --folder demo/$$(date +%Y%m%d-%H%M%S)
 
-test: $(READY)  ## the whole test suite
+test: $(READY) $(VENV)/triton  ## the whole test suite
 	$(BIN)/python -m pytest
 
 lint: $(READY)  ## style and types
@@ -23,6 +23,11 @@ $(READY): requirements.lock pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# A CUDA build of torch brings the triton it wants; beside a CPU build, tests interpret and compile its kernels.
+$(VENV)/triton: $(READY)
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --disable-pip-version-check triton==3.9.0
 	touch $@
 
 lock:  ## resolve pyproject.toml anew into requirements.lock

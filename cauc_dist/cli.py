@@ -1,4 +1,4 @@
-"""`cauc`: ingest, train, resume, probe, report, demo. Imports neither torch nor zarr before a command needs them."""
+"""`cauc`: ingest, train, resume, probe, report, verify, demo. No torch or zarr before a command needs them."""
 
 import dataclasses
 import sys
@@ -21,11 +21,15 @@ COMMANDS = {
     "resume": "go on with a run from its newest sound checkpoint",
     "probe": "linear probes of frozen features on held-out subjects, beside an untrained encoder",
     "report": "one HTML page: the probe table and the curves of one or several runs",
+    "verify": "on this machine, every objective on --ranks processes against one: value and gradient",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0 done, 2 bad input, 3 non-finite loss, 130 interrupted, else a dead rank's."""
+    """Run one command; the exit code.
+
+    0 done, 1 a fault that `verify` found, 2 bad input, 3 non-finite loss, 130 interrupted, else a dead rank's.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
@@ -47,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}. Check the path, its permissions and the disk.", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("interrupted; `cauc resume RUN` goes on from the last checkpoint", file=sys.stderr)
+        do = "" if arguments[0] == "verify" else "; `cauc resume RUN` goes on from the last checkpoint"
+        print(f"interrupted{do}", file=sys.stderr)
         return 130
 
 
@@ -228,6 +233,27 @@ def _some(runs: tuple[Path, ...]) -> tuple[Path, ...]:
     if not runs:
         raise BadInput("no run folder", wanted="one or several", do="give those that `cauc train` printed")
     return runs
+
+
+@dataclass(frozen=True)
+class Verify:
+    ranks: int = 2
+    """Processes on this machine; for several machines see docs/running.md."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: one GPU a rank where there is CUDA, else the CPU."""
+    exchange: Literal["all_gather", "ring"] = "all_gather"
+    """How embeddings meet, as engine.exchange in training."""
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    options = _parse(Verify, "verify", arguments)
+    _at_least_one(options.ranks)
+    from cauc_dist import elastic
+    from cauc_dist.verify import check
+
+    check(options.device, options.ranks)
+    chosen = ("--device", options.device, "--exchange", options.exchange)
+    return elastic.start(options.ranks, *chosen, module="cauc_dist.verify")
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ class Engine:
     exchange: Literal["all_gather", "ring"] = "all_gather"
     """How embeddings reach the other ranks. ring: where those of the whole batch do not fit on every GPU."""
     wire: Literal["fp32", "fp16"] = "fp32"
-    """Precision of embeddings on the way; fp16 halves the bytes and moves cosines by about 1e-5 (docs/losses.md)."""
+    """Precision of embeddings on the way; fp16 halves the bytes; cosines move by 3e-5 rms (docs/losses.md)."""
     timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run."""
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
-def start(ranks: int, *arguments: str, threads: int = 0) -> int:
-    """Run `python -m cauc_dist.train ARGUMENTS` on `ranks` local processes; the exit code of the first to fail, or 0.
+def start(ranks: int, *arguments: str, module: str = "cauc_dist.train", threads: int = 0) -> int:
+    """Run `python -m MODULE ARGUMENTS` on `ranks` local processes; the exit code of the first to fail, or 0.
 
     The agent ends all ranks when one of them dies, and passes SIGTERM and SIGINT on. `threads` a rank; 0: the cores
     are shared out.
@@ -43,7 +43,7 @@ def start(ranks: int, *arguments: str, threads: int = 0) -> int:
     )
     with _environment(threads or max(1, cores() // ranks)), _signal_handlers():
         try:
-            elastic_launch(config, sys.executable)("-m", "cauc_dist.train", *arguments)
+            elastic_launch(config, sys.executable)("-m", module, *arguments)
         except ChildFailedError as error:
             return _exit_code(error)
         except SignalException as error:

@@ -34,7 +34,8 @@ class Ranks(Batch):
     """A batch of n subjects over the ranks of the default process group; what is common to both ways of exchange.
 
     z (V, b, D) are this rank's rows. `wire`: the dtype in which z is sent, e.g. torch.float16 for half the bytes; the
-    loss is then exactly that of the rounded z, on every rank alike, and its gradient is handed to z unchanged.
+    loss is then exactly that of the rounded z, on every rank alike, and its gradient is handed to z unchanged (of
+    `decoupled_uniformity` without kernel, what is sent and rounded are the centroids).
     """
 
     def __init__(self, z: Tensor, n: int, wire: torch.dtype | None = None) -> None:
@@ -143,11 +144,12 @@ class Rotated(Ranks):
             theirs = act(start, z, "one" if 2 * k == self.world_size else "both")
             if theirs is not None:
                 owed = self._pass_on(self._padded(theirs, 1).contiguous(), k, -k)()[:, : self.sizes[self.rank]]
-                ours = owed if ours is None else ours + owed
+                ours = owed if ours is None else ours.add_(owed)
+                del theirs, owed
         return ours
 
     def total(self, of: Callable[[int, Tensor], Tensor]) -> Tensor:
-        return self.gather(of(self.start, self.z)).sum(0)
+        return self.gather(of(self.start, self.z)).sum(0)  # the same order of addition on every rank
 
     def _pass_on(self, x: Tensor, to: int, source: int) -> Callable[[], Tensor]:
         """Send x `to` ranks ahead and receive as much from `source` ahead; returns what waits for it."""
@@ -194,4 +196,5 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.batch.agree(grads[0].double().sum())
         return grads[0][:, ctx.batch.own] * ctx.batch.world_size, None

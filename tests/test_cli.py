@@ -256,6 +256,34 @@ def test_the_demo_refuses_what_cannot_work_before_it_writes(
     assert not (tmp_path / "demo").exists()
 
 
+@pytest.mark.parametrize(("options", "message"), [(["--ranks", "0"], "--ranks 0"), (["--ranks", "-1"], "--ranks -1")])
+def test_verify_wants_a_rank(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", *options]) == 2
+    error = capsys.readouterr().err
+    assert f"{message}; wanted 1 or more processes" in error
+    assert error.count("\n") == 1
+
+
+def test_verify_on_cuda_wants_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["verify", "--device", "cuda"]) == 2
+    error = capsys.readouterr().err
+    assert "no CUDA device; wanted a GPU, since --device is cuda. Use --device cpu" in error
+    assert error.count("\n") == 1
+
+
+def test_verify_prints_a_table_and_what_was_compared() -> None:
+    done = cauc("verify", "--device", "cpu", "--exchange", "ring")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert " ".join(lines[0].split()) == "objective n 2 ranks 1 process norm ratio 1 - cosine"
+    assert len({line.index("ok") for line in lines[1:-1]}) == 1  # aligned
+    assert "2 ranks on 1 host (CPU fp32, gloo, exchange ring, torch 2." in lines[-1]
+    assert lines[-1].endswith("against 1 process (CPU float64): all equal to 1e-05")
+
+
 @pytest.mark.parametrize("command", ["probe", "report"])
 def test_a_command_on_runs_wants_one(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command]) == 2

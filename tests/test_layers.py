@@ -26,7 +26,7 @@ LAYERS = [
     ["gather", "store.ingest"],
     ["stream.loader", "objective", "engine", "checkpoint", "phantoms"],
     ["prepare"],
-    ["train"],
+    ["train", "verify"],
     ["probe"],
     ["demo"],
     ["cli"],

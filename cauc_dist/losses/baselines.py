@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cauc_dist.kernels import Kernel
 from cauc_dist.losses import terms
-from cauc_dist.losses.batch import Batch, Exchange
+from cauc_dist.losses.batch import Batch, Exchange, NonFinite
 from cauc_dist.losses.checks import codes, embeddings, positive, spread, temperature
 from cauc_dist.losses.dense import smoother
 from cauc_dist.losses.similar import Factored
@@ -78,6 +78,11 @@ def decoupled_uniformity(
         if y is None:
             raise ValueError("a kernel is given without y; wanted y (n, k) with it")
         mu = smoother(y, batch, kernel, lam) @ batch.whole(z).mean(0)  # (n, D)
-        return evaluate(mu[None], Batch(mu[None]), (1.0, terms.distance_uniformity(t)))
-    mu = z.mean(0)  # (b, D)
-    return evaluate(mu[None], exchange(mu[None]), (1.0, terms.distance_uniformity(t)))
+        centroids = Batch(mu[None])
+    else:
+        mu = z.mean(0)  # (b, D)
+        centroids = exchange(mu[None])
+    try:
+        return evaluate(mu[None], centroids, (1.0, terms.distance_uniformity(t)))
+    except NonFinite:  # on every process alike
+        raise NonFinite.of(batch) from None  # names rows of z, not centroids

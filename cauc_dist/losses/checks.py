@@ -1,5 +1,6 @@
 """What every objective refuses before it computes anything: shapes, numbers and words that cannot be meant."""
 
+import math
 from typing import Literal
 
 import torch
@@ -42,7 +43,7 @@ def codes(labels: Tensor, batch: Batch) -> Tensor:
 def positive(**numbers: float) -> None:
     """Refuses a number that is not above 0, by name."""
     for name, number in numbers.items():
-        if not number > 0:
+        if not 0 < number < math.inf:
             raise ValueError(f"{name} is {number}; wanted a number above 0")
 
 

@@ -154,6 +154,8 @@ def geometry(
 
     0-d tensors (float64), of defaults but for t and alpha, without gradient; one exchange for all of them.
     """
+    spread(t)
+    positive(alpha=alpha)
     z, batch = embeddings(z.detach(), exchange=exchange)
     watched = {"uniformity": terms.uniformity(t, pooled=False)}
     if len(z) > 1:

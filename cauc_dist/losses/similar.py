@@ -14,6 +14,7 @@ exact      tiles of W, for everything else.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -44,7 +45,7 @@ class Exact:
     weights: tiled.Weights
 
     def row_sums(self, batch: Batch, v: Tensor | None = None) -> Tensor:
-        return batch.everyone(tiled.row_sums(batch, self.weights.alike, v))
+        return batch.everyone(tiled.row_sums(batch, self.weights, True, v))
 
     def pull(self, batch: Batch, a: Tensor) -> Tensor:
         return tiled.pull(batch, self.weights, a)
@@ -80,7 +81,7 @@ class Factored:
     factor: Tensor | None = None
     """L (n, r) float64; None: 1."""
 
-    @property
+    @cached_property
     def groups(self) -> int:
         return int(self.group.max()) + 1 if self.among is None else len(self.among)
 
@@ -181,7 +182,7 @@ def distinct(kernel: Kernel, y: Tensor, most: int = 1024) -> Factored | None:
 def low_rank(kernel: Kernel, y: Tensor, tolerance: float | None = None, most: int = 256) -> Factored | None:
     """By category and pivoted Cholesky; None where the rank or the number of categories is not small.
 
-    `tolerance` bounds every entry of W that is lost; by default eps / n in fp32, so that a row sum keeps its precision.
+    `tolerance` bounds every entry of W that is lost; by default eps / (2 n) of fp32: a row sum keeps its precision.
     """
     if not kernel.positive_semidefinite:
         return None

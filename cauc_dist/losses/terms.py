@@ -88,6 +88,8 @@ class _Evaluate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():  # create_graph=True: our gradient would pass for a constant
+            raise RuntimeError("a second derivative of a tiled loss is asked for; it has only a first")
         ctx.batch.agree(upstream[0])
         # The trainer AVERAGES parameter gradients over processes; ours is that of our own rows, complete.
         return ctx.gradient * (upstream[0] * ctx.batch.world_size), None, None
@@ -105,7 +107,7 @@ def uniformity(t: float, pooled: bool, weights: Weights | None = None, by_row: b
         sets = 1 if pooled else views
         scale = None
         if by_row and weights is not None:
-            scale = reciprocal(batch.everyone(tiled.row_sums(batch, weights.unlike))).to(batch.z.dtype)
+            scale = reciprocal(batch.everyone(tiled.row_sums(batch, weights, alike=False))).to(batch.z.dtype)
         S, mass, G = tiled.exp_sums(batch, sets, 2 * t, weights, scale, grad)
         pairs = views // sets * batch.n * (views // sets * batch.n - 1)
 

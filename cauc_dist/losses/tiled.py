@@ -13,11 +13,13 @@ it tiles are computed in float64, which carries to 300.
 import copy
 import math
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from cauc_dist.kernels import Kernel
+from cauc_dist.losses import launch
 from cauc_dist.losses.batch import Batch, Kind
 
 LOG2E = 1.0 / math.log(2.0)
@@ -37,7 +39,13 @@ class Weights:
         """The same, where only subjects of one label (n,) may be unlike."""
         narrowed = copy.copy(self)
         narrowed.labels = labels
+        narrowed.__dict__.pop("known", None)
         return narrowed
+
+    @cached_property
+    def known(self) -> launch.Known | None:
+        """The same for the Triton kernels, where they can do it."""
+        return launch.known(self)
 
     def unlike(self, i: slice, j: slice) -> Tensor:
         """c (m_i, m_j) = 1 - w; 0 for a subject and itself, and for subjects of different labels."""
@@ -149,6 +157,8 @@ def exp_sums(
     S and sum v, the mass, are float64 and over OUR rows i. v_ij = c_ij (a_i + a_j), with c = 1 without `weights` and no
     second factor without `scale` a (n,) of subjects; the mass, over pairs of one set, is 0 without weights.
     """
+    if launch.usable(batch, kappa, weights):
+        return launch.exp_sums(batch, sets, kappa, weights, None if scale is None else scale[None], grad)
     sweep = Sweep(batch, sets, kappa)
     S = torch.zeros(sets, dtype=torch.float64, device=sweep.device)
     mass = S.new_zeros(())
@@ -171,6 +181,8 @@ def exp_sums(
 
 def exp_row_sums(sweep: Sweep) -> Tensor:
     """l (V, b): the sum over all other embeddings of e^{kappa x_i.x_j}; `sweep` of one set."""
+    if launch.usable(sweep.batch, sweep.kappa):
+        return launch.exp_row_sums(sweep.batch, sweep.kappa)
 
     def visit(a: Side, i: int, b: Side, j: int, both: bool) -> None:
         s = sweep.exponential(a, i, b, j)
@@ -184,6 +196,10 @@ def exp_row_sums(sweep: Sweep) -> Tensor:
 def exp_products(sweep: Sweep, h: Tensor) -> Tensor:
     """G_i = sum_{j!=i} (h_i + h_j) e^{kappa x_i.x_j} x_j (V, b, D), h (V, n) of all embeddings; `sweep` of one set."""
     h = h.to(sweep.dtype)
+    if launch.usable(sweep.batch, sweep.kappa):
+        G = launch.exp_sums(sweep.batch, 1, sweep.kappa, None, h, grad=True)[2]
+        assert G is not None
+        return G
 
     def visit(a: Side, i: int, b: Side, j: int, both: bool) -> None:
         s = sweep.exponential(a, i, b, j)
@@ -251,8 +267,10 @@ def distance_sums(batch: Batch, t: float) -> tuple[Tensor, Tensor]:
 
 def pull(batch: Batch, weights: Weights, scale: Tensor) -> Tensor:
     """sum_j w_ij (a_i + a_j) zbar_j (b, D) over the other subjects j, zbar the sum of a subject's views; a (n,)."""
-    subjects = Sweep(_Summed(batch), 1)
     scale = scale.to(batch.z.dtype)
+    if launch.usable(batch, weights=weights):
+        return launch.pull(batch, weights, scale)
+    subjects = Sweep(_Summed(batch), 1)
 
     def visit(a: Side, i: int, b: Side, j: int, both: bool) -> None:
         w = weights.alike(a.runs[i], b.runs[j])
@@ -262,11 +280,14 @@ def pull(batch: Batch, weights: Weights, scale: Tensor) -> Tensor:
     return subjects.over(visit, batch.z.shape[-1])[0]
 
 
-def row_sums(batch: Batch, tile: Callable[[slice, slice], Tensor], v: Tensor | None = None) -> Tensor:
-    """sum_j tile_ij v_j (b,) float64 over all subjects j, for our subjects i; v (n,), or 1. From the metadata alone.
+def row_sums(batch: Batch, weights: Weights, alike: bool, v: Tensor | None = None) -> Tensor:
+    """sum_j w_ij v_j (`alike`; v (n,), or 1), or sum_j c_ij, over the other subjects j, for ours: (b,) float64.
 
-    `tile` (m_i, m_j) of two runs of subjects is symmetric, 0 for a subject and itself.
+    From the metadata alone: nothing is exchanged.
     """
+    if launch.usable(batch, weights=weights):
+        return launch.row_sums(batch, weights, alike, v)
+    tile = weights.alike if alike else weights.unlike
     size = ROWS.get(batch.z.device.type, 4096)
     sums = torch.zeros(batch.n, dtype=torch.float64, device=batch.z.device)
     ones = torch.ones_like(sums)

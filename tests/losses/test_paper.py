@@ -1,5 +1,4 @@
 import math
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import pytest
@@ -18,49 +17,11 @@ from cauc_dist.losses import (
     y_aware_infonce,
 )
 from tests import oracles
+from tests.losses.cases import Loss, grad, hidden_case, tangent
 
 F64 = torch.float64
 Views = Literal["within", "pooled"]
 VIEWS: tuple[Views, ...] = get_args(Views)
-Loss = Callable[[Tensor, Tensor, Kernel], Tensor]
-
-LOSSES: dict[str, Loss] = {
-    "y_aware": y_aware_infonce,
-    "y_aware_column": lambda z, y, k: y_aware_infonce(z, y, k, tau=0.3, normalise="column"),
-    "alignment": conditional_alignment,
-    "alignment_alpha_1": lambda z, y, k: conditional_alignment(z, y, k, alpha=1.0),
-    "alignment_global": lambda z, y, k: conditional_alignment(z, y, k, alpha=3.0, normalise="global"),
-    "uniformity": lambda z, y, k: uniformity(z),
-    "uniformity_pooled": lambda z, y, k: uniformity(z, t=3.0, views="pooled"),
-    "conditional_uniformity": conditional_uniformity,
-    "conditional_uniformity_row": lambda z, y, k: conditional_uniformity(z, y, k, normalise="row"),
-    "conditional_uniformity_pooled": lambda z, y, k: conditional_uniformity(z, y, k, t=5.0, views="pooled"),
-    "conditional_uniformity_pooled_row": lambda z, y, k: conditional_uniformity(
-        z, y, k, normalise="row", views="pooled"
-    ),
-    "cauc": cauc,
-}
-
-
-def grad(loss: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-    z = z.detach().requires_grad_()
-    value = loss(z)
-    (found,) = torch.autograd.grad(value, z)
-    return value.detach(), found
-
-
-def tangent(g: Tensor, z: Tensor) -> Tensor:
-    """g without its part along z."""
-    return g - (g * z).sum(-1, keepdim=True) * z
-
-
-def hidden_case(views: int = 2, n: int = 6) -> tuple[Tensor, Tensor, Kernel, list[list[float]]]:
-    """z, y of two columns with values missing, a fitted kernel, and its weights by a loop."""
-    y, train = oracles.cohort(n, seed=4, hidden=0.3), oracles.cohort(9, seed=1, hidden=0.2)
-    assert 0 < y.isnan().sum() < y.numel()
-    kernel = product(age=gaussian(4.0), sex=delta("distinct")).fit(train)
-    w = oracles.weights([("gaussian", 4.0, "marginal", 1.0), ("delta", 1.0, "distinct", 1.0)], train, y)
-    return oracles.unit(views, n, 4, seed=2), y, kernel, w
 
 
 # ---- golden values ----------------------------------------------------------------------------------------------
@@ -234,28 +195,7 @@ def test_fact_3_holds_where_every_subject_has_a_site_of_its_own() -> None:
     assert not gradient.any()
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_fact_4_value_is_the_same_for_a_rotation_a_permutation_and_swapped_views(name: str) -> None:
-    z, y, kernel, _ = hidden_case()
-    loss = LOSSES[name]
-    expected = loss(z, y, kernel).item()
-    rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=F64))[0]
-    order = torch.tensor([3, 0, 5, 1, 2, 4])
-    assert loss(z @ rotation, y, kernel).item() == pytest.approx(expected, abs=1e-12)
-    assert loss(z[:, order], y[order], kernel).item() == pytest.approx(expected, abs=1e-12)
-    assert loss(z.flip(0), y, kernel).item() == pytest.approx(expected, abs=1e-12)
-
-
 # ---- gradients --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_gradient_is_that_of_finite_differences(name: str) -> None:
-    z, y, kernel, _ = hidden_case()
-    raw = (z * torch.linspace(0.5, 2.0, 6, dtype=F64)[:, None]).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda raw: LOSSES[name](torch.nn.functional.normalize(raw, dim=-1), y, kernel), (raw,)
-    )
 
 
 def test_y_aware_gradient_is_its_closed_form() -> None:
@@ -317,23 +257,6 @@ def test_one_view_without_any_positive_has_value_and_gradient_zero() -> None:
         assert not gradient.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-@pytest.mark.parametrize("name", LOSSES)
-def test_coincident_embeddings_give_finite_value_and_gradient(name: str, dtype: torch.dtype) -> None:
-    _, y, kernel, _ = hidden_case()
-    z = torch.zeros(2, 6, 4, dtype=dtype)
-    z[..., 0] = 1.0
-    value, gradient = grad(lambda z: LOSSES[name](z, y, kernel), z)
-    assert value.isfinite()
-    assert gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_two_subjects_are_enough(name: str) -> None:
-    z, y = oracles.unit(2, 2, 4), torch.tensor([[20.0, 0.0], [29.0, 1.0]], dtype=F64)
-    assert LOSSES[name](z, y, product(age=gaussian(5.0), sex=delta("distinct"))).isfinite()
-
-
 def test_sharp_temperatures_do_not_underflow_in_fp32() -> None:
     """e^{-t d} is below the smallest fp32 number for opposite embeddings from t = 26 on."""
     z = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]])
@@ -356,85 +279,3 @@ def test_subject_without_a_site_repels_nobody() -> None:
     site = [0.0, 0.0, 0.0, math.nan, 1.0, 1.0]
     expected = oracles.conditional_uniformity(z, w, 2.0, "global", "within", [0, 0, 0, 9, 1, 1])
     assert conditional_uniformity(z, y, kernel, within=torch.tensor(site)).item() == pytest.approx(expected, rel=1e-12)
-
-
-# ---- precision --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_fp32_agrees_with_fp64_in_value_and_gradient(name: str) -> None:
-    loss = LOSSES[name]
-    z = oracles.unit(2, 64, 32).float()
-    y, kernel = oracles.cohort(64, hidden=0.2), product(age=gaussian(4.0), sex=delta()).fit(oracles.cohort(40, seed=7))
-    value, gradient = grad(lambda z: loss(z, y.float(), kernel), z)
-    exact, expected = grad(lambda z: loss(z, y, kernel), z.double())
-    assert value.dtype == gradient.dtype == torch.float32
-    assert value.item() == pytest.approx(exact.item(), rel=3e-6)
-    assert (gradient - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", LOSSES)
-def test_half_precision_is_raised_to_fp32_before_anything_is_computed(name: str, half: torch.dtype) -> None:
-    z, y, kernel, _ = hidden_case()
-    value, gradient = grad(lambda z: LOSSES[name](z, y, kernel), z.to(half))
-    assert value.dtype == torch.float32
-    assert gradient.dtype == half
-    assert torch.equal(value, LOSSES[name](z.to(half).float(), y, kernel))
-
-
-# ---- refusals ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_z_of_another_shape_or_of_one_subject_is_refused(name: str) -> None:
-    y = torch.zeros(6, 2)
-    with pytest.raises(ValueError, match=r"z has shape \(6, 4\); wanted \(V, n, D\): views, subjects, width"):
-        LOSSES[name](torch.zeros(6, 4), y, product(a=delta(), b=delta()))
-    with pytest.raises(ValueError, match=r"z has 1 subject\(s\); wanted at least 2: a pair needs two"):
-        LOSSES[name](torch.zeros(2, 1, 4), y[:1], product(a=delta(), b=delta()))
-
-
-@pytest.mark.parametrize("name", [name for name in LOSSES if not name.startswith("uniformity")])
-def test_y_that_does_not_fit_is_refused(name: str) -> None:
-    z = oracles.unit(2, 6, 4)
-    for rows in (5, 12):
-        with pytest.raises(ValueError, match=rf"y has shape \({rows}, 1\); wanted one row for each of 6 subjects"):
-            LOSSES[name](z, torch.zeros(rows, 1), delta())
-    with pytest.raises(ValueError, match=r"y has shape \(\); wanted one row for each of 6 subjects"):
-        LOSSES[name](z, torch.tensor(1.0), delta())
-    with pytest.raises(ValueError, match=r"y has shape \(6, 1\); wanted \(n, 2\): one column for each of age, sex"):
-        LOSSES[name](z, torch.zeros(6, 1), product(age=gaussian(5.0), sex=delta()))
-    with pytest.raises(ValueError, match="has a missing value and the kernel was not fitted"):
-        LOSSES[name](z, torch.full((6, 1), math.nan), delta())
-
-
-def test_labels_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"labels have shape \(6, 1\); wanted \(6,\): one label a subject"):
-        conditional_uniformity(oracles.unit(2, 6, 4), SUBJECTS, delta(), within=SUBJECTS)
-
-
-def test_numbers_and_words_that_mean_nothing_are_refused_by_name() -> None:
-    z = oracles.unit(2, 6, 4)
-    refusals: list[tuple[Callable[[], Tensor], str]] = [
-        (lambda: y_aware_infonce(z, SUBJECTS, delta(), tau=0.0), "tau is 0.0; wanted a number above 0"),
-        (lambda: uniformity(z, t=-1.0), "t is -1.0; wanted a number above 0"),
-        (lambda: conditional_uniformity(z, SUBJECTS, delta(), t=math.nan), "t is nan; wanted a number above 0"),
-        (lambda: conditional_alignment(z, SUBJECTS, delta(), alpha=0.0), "alpha is 0.0; wanted a number above 0"),
-        (
-            lambda: y_aware_infonce(z, SUBJECTS, delta(), normalise="rows"),  # type: ignore[arg-type]
-            "normalise is 'rows'; wanted row or column",
-        ),
-        (
-            lambda: conditional_alignment(z, SUBJECTS, delta(), normalise="column"),  # type: ignore[arg-type]
-            "normalise is 'column'; wanted row or global",
-        ),
-        (
-            lambda: conditional_uniformity(z, SUBJECTS, delta(), normalise="none"),  # type: ignore[arg-type]
-            "normalise is 'none'; wanted global or row",
-        ),
-        (lambda: uniformity(z, views="both"), "views is 'both'; wanted within or pooled"),  # type: ignore[arg-type]
-    ]
-    for loss, message in refusals:
-        with pytest.raises(ValueError, match=message):
-            loss()
