@@ -50,8 +50,8 @@ class Objective:
         return _LOSSES[self._settings.name](self, z, y, exchange)
 
     @torch.no_grad()
-    def geometry(self, z: Tensor, y: Tensor, exchange: Exchange = Batch) -> Mapping[str, Tensor]:
-        """Alignment and uniformity of a batch, and their conditional forms where there is a kernel; 0-d tensors."""
+    def geometry(self, z: Tensor, y: Tensor, exchange: Exchange = Batch) -> Mapping[str, float]:
+        """Alignment and uniformity of a batch, and their conditional forms where there is a kernel."""
         z = torch.nn.functional.normalize(z.float(), dim=-1)
         columns = y[:, : self._k] if self._k else None
         return losses.geometry(z, columns, self._kernel, self._settings.t, self._settings.alpha, exchange)

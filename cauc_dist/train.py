@@ -71,8 +71,8 @@ def train_step(
         norm = engine.step(loss, step.lr)
     except FloatingPointError as error:
         raise NonFinite(f"at step {step.number} the loss is finite and {error}. Lower the learning rate") from None
-    terms = {"loss": loss, **objective.geometry(z.detach(), step.y, exchange)}
-    return {name: term.item() for name, term in terms.items()} | {"grad_norm": norm, "lr": step.lr}
+    geometry = objective.geometry(z.detach(), step.y, exchange)
+    return {"loss": loss.item(), **geometry, "grad_norm": norm, "lr": step.lr}
 
 
 def non_finite(step: Step, bad: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cauc_dist.kernels import Kernel, floating
-from cauc_dist.losses.batch import Batch, Exchange
+from cauc_dist.losses.batch import Batch, Exchange, NonFinite
 from cauc_dist.losses.checks import embeddings, metadata, positive
 
 
@@ -29,7 +29,7 @@ def threshold(z: Tensor, y: Tensor, kernel: Kernel, tau: float = 0.1, exchange: 
     w = others(pool_weights(kernel(metadata(y, batch)), len(z)))
     less = _log_sum_up_to(s, w, strictly=True)
     p = divide(w, w.sum(1, keepdim=True)).to(z.dtype)
-    return (p * (torch.logaddexp(s, less) - s)).sum() / len(s)
+    return finite((p * (torch.logaddexp(s, less) - s)).sum() / len(s), batch)
 
 
 def expw(
@@ -52,7 +52,7 @@ def expw(
     w = others(pool_weights(kernel(metadata(y, batch)).to(z.dtype), len(z)))
     c = others(pool_weights(kernel.complement(metadata(y, batch)).to(z.dtype), len(z)))
     p = divide(w, w.sum(1, keepdim=True))
-    return (p * ((s * c).logsumexp(1, keepdim=True) - s)).sum() / len(s)
+    return finite((p * ((s * c).logsumexp(1, keepdim=True) - s)).sum() / len(s), batch)
 
 
 def rank_n_contrast(z: Tensor, y: Tensor, tau: float = 2.0, exchange: Exchange = Batch) -> Tensor:
@@ -73,7 +73,14 @@ def rank_n_contrast(z: Tensor, y: Tensor, tau: float = 2.0, exchange: Exchange =
     S = others(torch.cdist(pool(z), pool(z), compute_mode="donot_use_mm_for_euclid_dist")) / -tau
     gap = others(pool_weights(_l1(floating(y)), len(z)))
     at_least = _log_sum_up_to(S, -gap, strictly=False)
-    return (at_least - S).mean()
+    return finite((at_least - S).mean(), batch)
+
+
+def finite(loss: Tensor, batch: Batch) -> Tensor:
+    """The loss; NonFinite, with the rows of z, where it is not a finite number (every process has the same)."""
+    if not bool(loss.isfinite()):
+        raise NonFinite.of(batch)
+    return loss
 
 
 def smoother(y: Tensor, batch: Batch, kernel: Kernel, lam: float) -> Tensor:

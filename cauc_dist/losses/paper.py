@@ -149,10 +149,10 @@ def geometry(
     t: float = 2.0,
     alpha: float = 2.0,
     exchange: Exchange = Batch,
-) -> dict[str, Tensor]:
+) -> dict[str, float]:
     """What to watch in any training: alignment and uniformity, and their conditional forms where a kernel is given.
 
-    0-d tensors (float64), of defaults but for t and alpha, without gradient; one exchange for all of them.
+    Of defaults but for t and alpha, without gradient; one exchange for all of them.
     """
     spread(t)
     positive(alpha=alpha)

@@ -5,6 +5,7 @@ of all parts of an objective travel in one exchange, after which every process k
 own rows, complete.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -23,8 +24,8 @@ class Part(NamedTuple):
 
     sums: Tensor
     """(s,) float64: its share of sums over all pairs."""
-    finish: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    """(s,) totals -> the term's value (float64, 0-d) and, where asked for, the gradient of our rows (V, b, D)."""
+    finish: Callable[[list[float]], tuple[float, Tensor | None]]
+    """s totals -> the term's value and, where asked for, the gradient of our rows (V, b, D)."""
 
 
 Term = Callable[[Batch, bool], Part]
@@ -55,16 +56,17 @@ def loss_and_grad(loss: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, 
     return value.detach(), dz - (dz * z).sum(-1, keepdim=True) * z
 
 
-def measure(batch: Batch, *terms: Term) -> list[Tensor]:
-    """The value of each term (float64, 0-d), without gradient, in one exchange."""
+def measure(batch: Batch, *terms: Term) -> list[float]:
+    """The value of each term, without gradient, in one exchange."""
     return [value for value, _ in _solve(batch, terms, grad=False)]
 
 
-def _solve(batch: Batch, terms: Sequence[Term], grad: bool) -> list[tuple[Tensor, Tensor | None]]:
+def _solve(batch: Batch, terms: Sequence[Term], grad: bool) -> list[tuple[float, Tensor | None]]:
     parts = [term(batch, grad) for term in terms]
     finite = batch.z.abs().sum(dtype=torch.float64)[None]
-    totals = batch.gather(torch.cat([finite, *(part.sums for part in parts)])).sum(0)
-    if not bool(totals.isfinite().all()):
+    # The one place where a GPU is waited for.
+    totals: list[float] = batch.gather(torch.cat([finite, *(part.sums for part in parts)])).sum(0).tolist()
+    if not all(map(math.isfinite, totals)):
         raise NonFinite.of(batch)
     found, end = [], 1
     for part in parts:
@@ -77,14 +79,12 @@ class _Evaluate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, batch: Batch, terms: Sequence[tuple[float, Term]]) -> Tensor:
         found = _solve(batch, [term for _, term in terms], ctx.needs_input_grad[0])
-        value = torch.zeros((), dtype=torch.float64, device=z.device)
         gradient: Tensor | None = None
-        for (factor, _), (term, slope) in zip(terms, found, strict=True):
-            value += factor * term
+        for (factor, _), (_, slope) in zip(terms, found, strict=True):
             if slope is not None:
                 gradient = slope.mul_(factor) if gradient is None else gradient.add_(slope, alpha=factor)
         ctx.batch, ctx.gradient = batch, gradient
-        return value.to(z.dtype)
+        return z.new_tensor(sum(factor * term for (factor, _), (term, _) in zip(terms, found, strict=True)))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
@@ -111,14 +111,16 @@ def uniformity(t: float, pooled: bool, weights: Weights | None = None, by_row: b
         S, mass, G = tiled.exp_sums(batch, sets, 2 * t, weights, scale, grad)
         pairs = views // sets * batch.n * (views // sets * batch.n - 1)
 
-        def finish(total: Tensor) -> tuple[Tensor, Tensor | None]:
-            sums, mass = total[:-1], total[-1] if weights is not None else total.new_tensor(float(pairs))
-            some = mass > 0
-            value = torch.where(some, (sums / mass).log() - 2 * t, 0.0).mean()
-            if G is None:
-                return value, None
-            slope = torch.where(some, 4 * t / (sets * sums), 0.0)[:, None, None]
-            return value, G.mul_(slope.to(G.dtype)).to(batch.z.dtype)
+        def finish(totals: list[float]) -> tuple[float, Tensor | None]:
+            *sums, mass = totals
+            mass = mass if weights is not None else pairs
+            if mass == 0:  # no pair repels
+                return 0.0, None if G is None else torch.zeros_like(batch.z)
+            if G is not None:
+                for part, total in zip(G.chunk(sets), sums, strict=True):
+                    part.mul_(4 * t / (sets * total))
+            value = sum(math.log(total / mass) - 2 * t for total in sums) / sets
+            return value, None if G is None else G.to(batch.z.dtype)
 
         return Part(torch.cat([S, mass[None]]), finish)
 
@@ -135,15 +137,15 @@ def alignment(similar: Similar, by_row: bool) -> Term:
         views, m = len(batch.z), len(batch.z) * batch.n
         mass = pooled_mass(batch, similar)
         G = attraction(batch, similar, reciprocal(mass) if by_row else torch.ones_like(mass))
-        # Of all i, j: the sum of p_ij (1 for each row that has any mass), or that of w_ij.
-        total = views * ((mass > 0).sum() if by_row else mass.sum()).double()
-        over = torch.full_like(total, m) if by_row else total
+        # Of our i and all j: the sum of p_ij (1 for each row that has any mass), or that of w_ij.
+        ours = views * ((mass > 0).double() if by_row else mass)[batch.own].sum()
 
-        def finish(sums: Tensor) -> tuple[Tensor, Tensor | None]:
-            slope = -2 * reciprocal(over)
-            return slope * (sums[0] - total), G.mul_(slope.to(G.dtype)) if grad else None
+        def finish(totals: list[float]) -> tuple[float, Tensor | None]:
+            cosines, total = totals
+            slope = -2 / (m if by_row else total or 1)
+            return slope * (cosines - total), G.mul_(slope) if grad else None
 
-        return Part(half_products(batch, G)[None], finish)
+        return Part(torch.stack([half_products(batch, G), ours]), finish)
 
     return term
 
@@ -156,12 +158,12 @@ def powered_alignment(similar: Similar, weights: Weights, by_row: bool, exponent
         mass = pooled_mass(batch, similar)
         scale = (reciprocal(mass) if by_row else torch.ones_like(mass)) / 2
         value, G = tiled.power_sums(batch, weights, scale.to(batch.z.dtype), exponent, grad)
-        over = reciprocal(torch.full_like(value, m) if by_row else mass.sum() * len(batch.z))
 
-        def finish(sums: Tensor) -> tuple[Tensor, Tensor | None]:
-            return sums[0] * over, None if G is None else G.mul_((-4 * over).to(G.dtype))
+        def finish(totals: list[float]) -> tuple[float, Tensor | None]:
+            over = m if by_row else totals[1] or 1
+            return totals[0] / over, None if G is None else G.mul_(-4 / over)
 
-        return Part(value[None], finish)
+        return Part(torch.stack([value, mass[batch.own].sum() * len(batch.z)]), finish)
 
     return term
 
@@ -193,8 +195,9 @@ def distance_uniformity(t: float) -> Term:
     def term(batch: Batch, grad: bool) -> Part:
         S, slope = tiled.distance_sums(batch, t)
 
-        def finish(sums: Tensor) -> tuple[Tensor, Tensor | None]:
-            return (sums[0] / (batch.n * (batch.n - 1))).log(), (slope / sums[0]).to(batch.z.dtype) if grad else None
+        def finish(totals: list[float]) -> tuple[float, Tensor | None]:
+            value = math.log(totals[0] / (batch.n * (batch.n - 1)))
+            return value, slope.div_(totals[0]).to(batch.z.dtype) if grad else None
 
         return Part(S[None], finish)
 
@@ -222,8 +225,8 @@ def info_nce(tau: float, similar: Similar, by_row: bool = True) -> Term:
         pulled = attraction(batch, similar, scale)
         G = tiled.exp_products(sweep, r / sums) if grad else None
 
-        def finish(total: Tensor) -> tuple[Tensor, Tensor | None]:
-            value = (total[0] - kappa * total[1]) / anchors
+        def finish(totals: list[float]) -> tuple[float, Tensor | None]:
+            value = (totals[0] - kappa * totals[1]) / anchors
             return value, None if G is None else G.to(pulled.dtype).sub_(pulled).mul_(kappa / anchors)
 
         return Part(torch.stack([own, half_products(batch, pulled)]), finish)
