@@ -41,11 +41,6 @@ class Ranks(Batch):
     def __init__(self, z: Tensor, n: int, wire: torch.dtype | None = None) -> None:
         self.world_size, self.rank, self.n = dist.get_world_size(), dist.get_rank(), n
         self.sizes = shares(n, self.world_size)
-        if z.shape[1] != self.sizes[self.rank]:
-            raise ValueError(
-                f"z has {z.shape[1]} subjects on rank {self.rank}; wanted {self.sizes[self.rank]}: "
-                f"{n} over {self.world_size} ranks are {self.sizes}"
-            )
         self.start = sum(self.sizes[: self.rank])
         self.wire = wire or z.dtype
         self.z = z.detach().to(self.wire).to(z.dtype)
@@ -105,6 +100,9 @@ class AllGathered(Ranks):
         self._send()()
         return of(0, self.columns)
 
+    def release(self) -> None:
+        self.__dict__.pop("columns", None)
+
     @cached_property
     def _sent(self) -> tuple[Tensor, Any]:
         z = self._padded(self.z, 1).to(self.wire).contiguous()
@@ -113,13 +111,17 @@ class AllGathered(Ranks):
 
     def _send(self) -> Callable[[], None]:
         """Start the all-gather, once; returns what waits for its end."""
+        if "columns" in self.__dict__:
+            return lambda: None
         work = self._sent[1]
-        return lambda: None if "columns" in self.__dict__ else work.wait()
+        return lambda: work.wait()
 
     @cached_property
     def columns(self) -> Tensor:
         """(V, n, D): the embeddings of the whole batch, in global order."""
-        return self._joined(self._sent[0], 1).to(self.z.dtype)
+        columns = self._joined(self._sent[0], 1).to(self.z.dtype)
+        del self._sent
+        return columns
 
 
 class Rotated(Ranks):
@@ -171,21 +173,48 @@ class Rotated(Ranks):
 class AllGather:
     """Exchange by one all-gather: the fastest where V n D numbers fit on every rank."""
 
+    batch: type[Ranks] = AllGathered
+
     def __init__(self, n: int, wire: torch.dtype | None = None) -> None:
         self.n, self.wire = n, wire
+        self._alike = False
 
     def __call__(self, z: Tensor) -> Batch:
-        return AllGathered(z, self.n, self.wire)
+        """The batch of which z (V, b, D) are this rank's rows. The first call compares the shapes of all ranks.
+
+        ValueError on every rank alike where one holds another number of rows than its share, other views or widths.
+        """
+        if not self._alike:
+            same_shapes(z, self.n)
+            self._alike = True
+        return self.batch(z, self.n, self.wire)
 
 
-class Ring:
+class Ring(AllGather):
     """Exchange block by block: where V n D numbers do not fit on every rank."""
 
-    def __init__(self, n: int, wire: torch.dtype | None = None) -> None:
-        self.n, self.wire = n, wire
+    batch = Rotated
 
-    def __call__(self, z: Tensor) -> Batch:
-        return Rotated(z, self.n, self.wire)
+
+EXCHANGES = {"all_gather": AllGather, "ring": Ring}
+
+
+def same_shapes(z: Tensor, n: int) -> None:
+    """Refuse, on every rank alike, z that is not (V, its share of n, D) on each rank, V and D the same on all."""
+    world_size = dist.get_world_size()
+    facts_here = [*[*z.shape, -1, -1, -1][:3], z.ndim, z.element_size()]
+    ours = torch.tensor(facts_here, dtype=torch.float64, device=z.device)
+    gathered = ours.new_empty((world_size, len(ours)))
+    _all_gather(gathered.flatten(), ours)
+    facts = [[int(x) for x in row] for row in gathered.tolist()]
+    views, _, width, *_ = facts[0]
+    wanted = [[views, size, width, 3, facts[0][4]] for size in shares(n, world_size)]
+    if facts != wanted:
+        found = ", ".join(str(tuple(row[: min(row[3], 3)])) for row in facts)
+        raise ValueError(
+            f"z has shapes {found} on ranks 0 to {world_size - 1}; wanted (V, b, D) of one V, D and dtype, with "
+            f"{n} subjects shared as b = {', '.join(map(str, shares(n, world_size)))}"
+        )
 
 
 class _Whole(torch.autograd.Function):

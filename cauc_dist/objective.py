@@ -14,9 +14,9 @@ NEEDS_KERNEL = ("y_aware", "cauc", "supcon", "threshold", "expw", "rank_n_contra
 
 
 class Objective:
-    """loss(z_all, y_all) of the settings; the kernel is fitted to the training metadata.
+    """loss(z, y, exchange) of the settings, z of this process and y of the whole batch.
 
-    `y_train` (N, k) float, NaN = missing, its columns those of `settings.columns`.
+    The kernel is fitted to the training metadata, `y_train` (N, k) float, NaN = missing, of `settings.columns`.
     """
 
     def __init__(self, settings: Settings, y_train: Tensor) -> None:

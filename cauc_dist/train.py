@@ -23,7 +23,7 @@ from cauc_dist.augment import views
 from cauc_dist.config import RunConfig
 from cauc_dist.engine import Engine, learning_rate
 from cauc_dist.errors import BAD_INPUT, NON_FINITE, BadInput
-from cauc_dist.gather import AllGather, Ring
+from cauc_dist.gather import EXCHANGES
 from cauc_dist.journal import Journal
 from cauc_dist.losses.batch import Exchange
 from cauc_dist.losses.batch import NonFinite as NonFiniteEmbeddings
@@ -63,8 +63,6 @@ def train_step(
     # Every rank holds the same number, so every rank stops at the same step, before any parameter is touched.
     try:
         loss = objective.loss(z, step.y, exchange)
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteEmbeddings.of(exchange(z))
     except NonFiniteEmbeddings as error:
         raise NonFinite(non_finite(step, error.subjects)) from None
     try:
@@ -177,7 +175,7 @@ def open_engine(run: RunConfig, world: World, store: Store) -> tuple[Engine, int
 def open_exchange(run: RunConfig) -> Exchange:
     """How embeddings of the global batch meet, as the run says."""
     wire = torch.float16 if run.engine.wire == "fp16" else None
-    return AllGather(run.batch_size, wire) if run.engine.exchange == "all_gather" else Ring(run.batch_size, wire)
+    return EXCHANGES[run.engine.exchange](run.batch_size, wire)
 
 
 def build_model(run: RunConfig, shape: tuple[int, ...]) -> encoders.Model:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cauc_dist import kernels, losses
 from cauc_dist.errors import BAD_INPUT, BadInput
-from cauc_dist.gather import AllGather, Ring, shares
+from cauc_dist.gather import EXCHANGES, shares
 from cauc_dist.kernels import Kernel
 from cauc_dist.losses.batch import Batch, Exchange
 from cauc_dist.world import World
@@ -31,7 +31,6 @@ from cauc_dist.world import World
 TOLERANCE = 1e-5  # of the value and of the norm ratio, relative, and of 1 - cosine
 VIEWS, COLUMNS = 2, 12
 AGE, SEX, SITE, SCORE = range(4)
-EXCHANGES: dict[str, Callable[[int], Exchange]] = {"all_gather": AllGather, "ring": Ring}
 
 Objective = Callable[[Tensor, Tensor, Exchange], Tensor]
 """(z (V, b, D) of this rank, y (n, 4) of all, exchange) -> loss; with the exchange `Batch` b is n: one process."""

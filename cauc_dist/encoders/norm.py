@@ -35,7 +35,7 @@ class BatchNorm(_BatchNorm):
 
     Loss scaling presumed: the backward SUMS over ranks, so each rank must back-propagate its own share of ONE global
     loss L, all shares to the same scale s. The gradients that a rank then holds are s * (the part of dL/dparameter that
-    runs through its rows), and their SUM over ranks is s * dL/dparameter. Here s = W: `gather` hands every rank its
+    runs through its rows), and their SUM over ranks is s * dL/dparameter. Here s = W: the loss hands every rank its
     slice of dL/dz times W, and DeepSpeed AVERAGES parameter gradients, which gives dL/dparameter. A loss that every
     rank computes on its own rows only, averaged by the engine, is L = mean of those losses, with s = W again.
 

@@ -27,6 +27,8 @@ class Batch:
     world_size = 1
 
     def __init__(self, z: Tensor) -> None:
+        if z.ndim != 3:
+            raise ValueError(f"z has shape {tuple(z.shape)}; wanted (V, n, D): views, subjects, width")
         self.z, self.n, self.start = z.detach(), z.shape[1], 0
 
     @property
@@ -53,6 +55,9 @@ class Batch:
     def whole(self, z: Tensor) -> Tensor:
         """All rows (V, n, D) in this process, differentiable in our rows z: for a loss that every process computes."""
         return z
+
+    def release(self) -> None:
+        """Let go of others' rows: the backward pass needs none."""
 
     def agree(self, upstream: Tensor) -> None:
         """Refuse an upstream gradient that differs between processes, where the batch is told to look."""

@@ -14,12 +14,10 @@ Views = Literal["within", "pooled"]
 
 def embeddings(z: Tensor, views: int = 1, exchange: Exchange = Batch) -> tuple[Tensor, Batch]:
     """z (V, b, D) in fp32 or fp64, and its batch; refuses another shape, fewer than two subjects or `views` views."""
-    if z.ndim != 3:
-        raise ValueError(f"z has shape {tuple(z.shape)}; wanted (V, n, D): views, subjects, width")
-    if z.shape[0] < views:
-        raise ValueError(f"z has {z.shape[0]} view(s); wanted at least {views} of each subject")
     z = z if z.dtype in (torch.float32, torch.float64) else z.float()
     batch = exchange(z)
+    if z.shape[0] < views:
+        raise ValueError(f"z has {z.shape[0]} view(s); wanted at least {views} of each subject")
     if batch.n < 2:
         raise ValueError(f"z has {batch.n} subject(s); wanted at least 2: a pair needs two")
     return z, batch
@@ -51,7 +49,8 @@ def temperature(tau: float) -> None:
     """Refuses a tau whose e^{1/tau} is beyond float64."""
     positive(tau=tau)
     if 1 / tau > DOUBLE:
-        raise ValueError(f"tau is {tau}; wanted at least {1 / DOUBLE:.4f}: e^(1/tau) must fit in float64")
+        least = math.ceil(1e4 / DOUBLE) / 1e4
+        raise ValueError(f"tau is {tau}; wanted at least {least}: e^(1/tau) must fit in float64")
 
 
 def spread(t: float) -> None:

@@ -68,6 +68,7 @@ def _solve(batch: Batch, terms: Sequence[Term], grad: bool) -> list[tuple[float,
     totals: list[float] = batch.gather(torch.cat([finite, *(part.sums for part in parts)])).sum(0).tolist()
     if not all(map(math.isfinite, totals)):
         raise NonFinite.of(batch)
+    batch.release()
     found, end = [], 1
     for part in parts:
         found.append(part.finish(totals[end : end + len(part.sums)]))

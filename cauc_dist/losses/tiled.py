@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cauc_dist.kernels import Kernel
-from cauc_dist.losses import launch
+from cauc_dist.losses import gpu
 from cauc_dist.losses.batch import Batch, Kind
 
 LOG2E = 1.0 / math.log(2.0)
@@ -43,9 +43,9 @@ class Weights:
         return narrowed
 
     @cached_property
-    def known(self) -> launch.Known | None:
+    def known(self) -> gpu.Known | None:
         """The same for the Triton kernels, where they can do it."""
-        return launch.known(self)
+        return gpu.known(self)
 
     def unlike(self, i: slice, j: slice) -> Tensor:
         """c (m_i, m_j) = 1 - w; 0 for a subject and itself, and for subjects of different labels."""
@@ -83,11 +83,11 @@ class Side:
 class Sweep:
     """Our rows against every block of the batch, in tiles of one size, with scratch that all tiles share."""
 
-    def __init__(self, batch: Batch, sets: int, kappa: float = 0.0, rows: int | None = None) -> None:
+    def __init__(self, batch: Batch, sets: int, kappa: float = 0.0) -> None:
         self.batch, self.sets, self.kappa = batch, sets, kappa
         self.dtype = batch.z.dtype if kappa <= SINGLE else torch.float64
         self.views, self.device = len(batch.z), batch.z.device
-        self.subjects = max(1, (rows or ROWS.get(self.device.type, 4096)) * sets // self.views)
+        self.subjects = max(1, ROWS.get(self.device.type, 4096) * sets // self.views)
         self._scratch: dict[str, Tensor] = {}
         self._only: Tensor | None = None
 
@@ -157,8 +157,8 @@ def exp_sums(
     S and sum v, the mass, are float64 and over OUR rows i. v_ij = c_ij (a_i + a_j), with c = 1 without `weights` and no
     second factor without `scale` a (n,) of subjects; the mass, over pairs of one set, is 0 without weights.
     """
-    if launch.usable(batch, kappa, weights):
-        return launch.exp_sums(batch, sets, kappa, weights, None if scale is None else scale[None], grad)
+    if gpu.usable(batch, kappa, weights):
+        return gpu.exp_sums(batch, sets, kappa, weights, None if scale is None else scale[None], grad)
     sweep = Sweep(batch, sets, kappa)
     S = torch.zeros(sets, dtype=torch.float64, device=sweep.device)
     mass = S.new_zeros(())
@@ -181,8 +181,8 @@ def exp_sums(
 
 def exp_row_sums(sweep: Sweep) -> Tensor:
     """l (V, b): the sum over all other embeddings of e^{kappa x_i.x_j}; `sweep` of one set."""
-    if launch.usable(sweep.batch, sweep.kappa):
-        return launch.exp_row_sums(sweep.batch, sweep.kappa)
+    if gpu.usable(sweep.batch, sweep.kappa):
+        return gpu.exp_row_sums(sweep.batch, sweep.kappa)
 
     def visit(a: Side, i: int, b: Side, j: int, both: bool) -> None:
         s = sweep.exponential(a, i, b, j)
@@ -196,8 +196,8 @@ def exp_row_sums(sweep: Sweep) -> Tensor:
 def exp_products(sweep: Sweep, h: Tensor) -> Tensor:
     """G_i = sum_{j!=i} (h_i + h_j) e^{kappa x_i.x_j} x_j (V, b, D), h (V, n) of all embeddings; `sweep` of one set."""
     h = h.to(sweep.dtype)
-    if launch.usable(sweep.batch, sweep.kappa):
-        G = launch.exp_sums(sweep.batch, 1, sweep.kappa, None, h, grad=True)[2]
+    if gpu.usable(sweep.batch, sweep.kappa):
+        G = gpu.exp_sums(sweep.batch, 1, sweep.kappa, None, h, grad=True)[2]
         assert G is not None
         return G
 
@@ -268,8 +268,8 @@ def distance_sums(batch: Batch, t: float) -> tuple[Tensor, Tensor]:
 def pull(batch: Batch, weights: Weights, scale: Tensor) -> Tensor:
     """sum_j w_ij (a_i + a_j) zbar_j (b, D) over the other subjects j, zbar the sum of a subject's views; a (n,)."""
     scale = scale.to(batch.z.dtype)
-    if launch.usable(batch, weights=weights):
-        return launch.pull(batch, weights, scale)
+    if gpu.usable(batch, weights=weights):
+        return gpu.pull(batch, weights, scale)
     subjects = Sweep(_Summed(batch), 1)
 
     def visit(a: Side, i: int, b: Side, j: int, both: bool) -> None:
@@ -285,8 +285,8 @@ def row_sums(batch: Batch, weights: Weights, alike: bool, v: Tensor | None = Non
 
     From the metadata alone: nothing is exchanged.
     """
-    if launch.usable(batch, weights=weights):
-        return launch.row_sums(batch, weights, alike, v)
+    if gpu.usable(batch, weights=weights):
+        return gpu.row_sums(batch, weights, alike, v)
     tile = weights.alike if alike else weights.unlike
     size = ROWS.get(batch.z.device.type, 4096)
     sums = torch.zeros(batch.n, dtype=torch.float64, device=batch.z.device)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cauc_dist.encoders.norm import BatchNorm, groups, norm
-from cauc_dist.gather import gather
+from cauc_dist.gather import AllGathered
 from tests.ranks import run_ranks
 
 PLAIN = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -107,7 +107,8 @@ def train_step_on_a_rank(b: int, axes: int) -> dict[str, Tensor]:
     rank, world = dist.get_rank(), dist.get_world_size()
     net = network(axes, plain=False)
     h = net(samples(b * world, axes, 12)[rank * b : (rank + 1) * b])
-    pair_loss(gather(h.flatten(1)[None])).backward()
+    h = h.flatten(1)[None]
+    pair_loss(AllGathered(h, h.shape[1] * dist.get_world_size()).whole(h)).backward()
     for p in net.parameters():
         dist.all_reduce(p.grad)
     return {name: p.grad / world for name, p in net.named_parameters() if p.grad is not None}

@@ -162,7 +162,7 @@ def test_temperatures_beyond_float64_are_refused_with_the_limit_and_those_at_it_
         lambda x: y_aware_infonce(Z, IDS, delta(), x),
     ]
     for loss in sharp:
-        message = "tau is 0.003; wanted at least 0.0033: e^(1/tau) must fit in float64"
+        message = "tau is 0.003; wanted at least 0.0034: e^(1/tau) must fit in float64"
         refused(lambda loss=loss: loss(0.003), message)  # type: ignore[misc]
         assert loss(1 / 300).isfinite()
     spread: list[Callable[[float], Tensor]] = [
@@ -285,14 +285,14 @@ def test_rows_of_one_rank_that_are_not_finite_are_named_alike_on_every_rank(
         assert found == [(message, [first, 6])] * 5
 
 
-def wrong_share(exchange: str) -> list[str]:
+def wrong_share(exchange: str, shapes: list[tuple[int, ...]]) -> list[str]:
     import torch.distributed as dist
 
     from cauc_dist import gather
 
     found = []
     for loss in (uniformity, threshold):
-        z = torch.zeros(2, 3 + dist.get_rank(), 4)  # 3 and 4, where 4 and 3 are wanted
+        z = torch.zeros(shapes[dist.get_rank()])
         try:
             if loss is uniformity:
                 uniformity(z, exchange=getattr(gather, exchange)(SUBJECTS))
@@ -304,10 +304,17 @@ def wrong_share(exchange: str) -> list[str]:
 
 
 @pytest.mark.parametrize("exchange", ["AllGather", "Ring"])
-def test_rows_that_are_not_the_rank_s_share_are_refused(exchange: str) -> None:
-    first, second = run_ranks(2, wrong_share, exchange)
-    assert first == ["z has 3 subjects on rank 0; wanted 4: 7 over 2 ranks are [4, 3]"] * 2
-    assert second == ["z has 4 subjects on rank 1; wanted 3: 7 over 2 ranks are [4, 3]"] * 2
+@pytest.mark.parametrize(
+    ("first", "second"), [((2, 4, 4), (2, 4, 4)), ((2, 4, 4), (2, 3, 5)), ((1, 4, 4), (2, 3, 4)), ((2, 4, 4), (3, 4))]
+)
+def test_a_rank_whose_rows_are_not_its_share_of_the_batch_is_refused_on_every_rank(
+    exchange: str, first: tuple[int, ...], second: tuple[int, ...]
+) -> None:
+    wanted = (
+        f"z has shapes {first}, {second} on ranks 0 to 1; wanted (V, b, D) of one V, D and dtype, with 7 subjects "
+        "shared as b = 4, 3"
+    )
+    assert run_ranks(2, wrong_share, exchange, [first, second]) == [[wanted] * 2] * 2
 
 
 def wrong_metadata() -> list[str]:

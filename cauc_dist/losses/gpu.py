@@ -152,5 +152,6 @@ def row_sums(batch: Batch, weights: "Weights", alike: bool, v: Tensor | None = N
     ours = side(batch, x[:, batch.own], batch.start, 0, weights.known, None)
     everyone = side(batch, x, 0, 0, weights.known, None)
     if alike:
-        return fused.pull(ours, everyone)[0][:, 0].double()
+        products, sums = fused.pull(ours, everyone)
+        return (sums if v is None else products[:, 0]).double()
     return fused.exp_sums(ours, everyone, 1.0, False)[1].double()

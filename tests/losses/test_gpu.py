@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cauc_dist import kernels, losses
-from cauc_dist.losses import launch, similar
+from cauc_dist.losses import gpu, similar
 from cauc_dist.losses.batch import Batch, Exchange
 from cauc_dist.losses.tiled import Weights
 from tests.oracles import unit
@@ -63,17 +63,17 @@ def through_kernels(names: list[str], exchange: Exchange = Batch) -> dict[str, t
     """(how many of its sums a kernel made, value, gradient of the rows held here) of each."""
     similar.SMALL = 0  # W in kernels too
     z, y = batch()
-    found, real = {}, launch.usable
+    found, real = {}, gpu.usable
     for name in names:
         taken: list[bool] = []
-        launch.usable = lambda *a, taken=taken, **k: taken.append(real(*a, **k)) or taken[-1]  # type: ignore[func-returns-value]
+        gpu.usable = lambda *a, taken=taken, **k: taken.append(real(*a, **k)) or taken[-1]  # type: ignore[func-returns-value]
         own = exchange(z).own if exchange is Batch else share(exchange)
         ours = z[:, own].float().requires_grad_()
         value = LOSSES[name](ours, y, exchange)
         value.backward()
         assert ours.grad is not None
         found[name] = (sum(taken) if all(taken) else 0, value.item(), ours.grad)
-    launch.usable = real
+    gpu.usable = real
     return found
 
 
@@ -148,7 +148,7 @@ def which(case: str) -> bool:
         kappa = 50.0
     if case == "wide embeddings":
         z = torch.zeros(2, N, 257)
-    return launch.usable(Batch(z), kappa, Weights(kernel, y, z.dtype))
+    return gpu.usable(Batch(z), kappa, Weights(kernel, y, z.dtype))
 
 
 @pytest.mark.parametrize(
