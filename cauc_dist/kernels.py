@@ -136,7 +136,7 @@ class Kernel:
         return dataclasses.replace(self, factors=tuple(fitted))
 
     def rows(self, y: Tensor | Rows, dtype: torch.dtype | None = None) -> Rows:
-        """y (n, k) made ready for tiles. Looks once whether a value is missing: on a GPU, one synchronisation.
+        """y (n, k) made ready for tiles. Looks once whether a value is missing: a GPU is waited for.
 
         `dtype`: the precision of the tiles, where it is to be less than that of y. Nothing is lost but the last bits of
         differences: categories are numbered first, other columns are centred.
@@ -145,9 +145,12 @@ class Kernel:
             return y
         self._check(y)
         y = floating(y.detach()).T.contiguous().T  # a column's values side by side: tiles read one column at a time
-        missing = y.isnan()
         rows = Rows(y, None, None)
-        if bool(missing.any()):
+        if not bool(y.isfinite().all()):
+            missing = y.isnan()
+            for name, column in zip(self.columns, y.isinf().any(0).tolist(), strict=True):
+                if column:
+                    raise ValueError(f"column {name} of y has an infinite value; wanted finite ones, NaN where missing")
             rows = self._filled(Rows(y.masked_fill(missing, 0.0), missing, None))
         return rows if dtype is None or dtype == y.dtype else self._rounded(rows, dtype)
 

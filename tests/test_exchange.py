@@ -118,7 +118,7 @@ def decoupled_rounded() -> float:
 # ---- what is sent -----------------------------------------------------------------------------------------------
 
 
-OTHERS = ["all_reduce", "reduce_scatter", "reduce_scatter_tensor", "all_gather", "all_gather_object", "broadcast"]
+OTHERS = ["reduce_scatter", "reduce_scatter_tensor", "all_gather", "all_gather_object", "broadcast"]
 OTHERS += ["reduce", "gather", "scatter", "all_to_all", "all_to_all_single", "send", "recv", "barrier"]
 
 
@@ -130,11 +130,15 @@ def counted() -> Iterator[list[tuple[str, torch.dtype, int]]]:
     from cauc_dist import gather
 
     sent: list[tuple[str, torch.dtype, int]] = []
-    all_gather, batch = gather._all_gather, dist.batch_isend_irecv
+    all_gather, all_reduce, batch = gather._all_gather, dist.all_reduce, dist.batch_isend_irecv
 
     def counting_gather(out: Tensor, x: Tensor, **k: Any) -> Any:
         sent.append(("all_gather", x.dtype, x.numel()))
         return all_gather(out, x, **k)
+
+    def counting_reduce(x: Tensor) -> Any:
+        sent.append(("all_reduce", x.dtype, x.numel()))
+        return all_reduce(x)
 
     def counting_batch(ops: list[Any]) -> Any:
         sent.extend(("send", op.tensor.dtype, op.tensor.numel()) for op in ops if op.op is dist.isend)
@@ -147,6 +151,7 @@ def counted() -> Iterator[list[tuple[str, torch.dtype, int]]]:
         for name in OTHERS:
             patch.setattr(dist, name, refuse)
         patch.setattr(gather, "_all_gather", counting_gather)
+        patch.setattr(dist, "all_reduce", counting_reduce)
         patch.setattr(dist, "batch_isend_irecv", counting_batch)
         yield sent
 
@@ -323,13 +328,13 @@ def through_factors(e: Callable[[Tensor], Any], mine: slice, n: int) -> dict[str
     y = torch.cat([age, oracles.cohort(n)[:, 1:]], 1)
     kernel, found = product(age=gaussian(6.0), sex=delta()), {}
     for name, rows, metadata in (("distinct", z, y.div(4).round()), ("low rank", z.float(), y)):
-        way = similar.similar(tiled.Weights(kernel, metadata, rows.dtype), metadata, rows)
-        assert isinstance(way, similar.Factored)
+        way = similar.similar(tiled.Weights(kernel, metadata, rows.dtype), metadata, e(rows[:, mine]))
+        factored = "distinct" if getattr(way, "factor", None) is None else "low rank"
         ours = rows[:, mine].clone().requires_grad_()
         value = losses.y_aware_infonce(ours, metadata, kernel, exchange=e) + losses.conditional_alignment(
             ours, metadata, kernel, exchange=e
         )
-        found[name] = ("distinct" if way.factor is None else "low rank", value, ours)
+        found[name] = (factored if isinstance(way, similar.Factored) else "exact", value, ours)
     return found
 
 
@@ -347,8 +352,10 @@ def test_factored_weights_on_three_ranks_are_those_of_one_process(
         assert way == name
         (wanted,) = torch.autograd.grad(value, z)
         rel = 1e-12 if name == "distinct" else 2e-6
+        # Round a ring no sum is made of the factors of several ranks, which may differ where machines do.
+        there = "exact" if (exchange, name) == ("Ring", "low rank") else name
         for found in ranks:
-            assert found[name][:2] == (name, pytest.approx(value.item(), rel=rel))
+            assert found[name][:2] == (there, pytest.approx(value.item(), rel=rel))
         gradient = torch.cat([found[name][2] for found in ranks], 1) / 3
         assert float((gradient - wanted).abs().max()) < rel * float(wanted.abs().max())
 

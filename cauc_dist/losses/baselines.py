@@ -4,15 +4,14 @@ z (V, b, D) of unit rows in, a scalar of z's dtype and device out, differentiabl
 `cauc_dist.losses.paper`. Time M^2 D, memory a few times z (the kernel form of `decoupled_uniformity`: n x n).
 """
 
-import torch
 from torch import Tensor
 
 from cauc_dist.kernels import Kernel
 from cauc_dist.losses import terms
-from cauc_dist.losses.batch import Batch, Exchange, NonFinite
+from cauc_dist.losses.batch import Batch, Exchange, NonFinite, full_precision
 from cauc_dist.losses.checks import codes, embeddings, positive, spread, temperature
 from cauc_dist.losses.dense import smoother
-from cauc_dist.losses.similar import Factored
+from cauc_dist.losses.similar import Alone, Factored
 from cauc_dist.losses.terms import evaluate
 
 
@@ -23,8 +22,7 @@ def ntxent(z: Tensor, tau: float = 0.1, exchange: Exchange = Batch) -> Tensor:
     """
     temperature(tau)
     z, batch = embeddings(z, views=2, exchange=exchange)
-    alone = Factored(torch.arange(batch.n, device=z.device))
-    return evaluate(z, batch, (1.0, terms.info_nce(tau, alone)))
+    return evaluate(z, batch, (1.0, terms.info_nce(tau, Alone())))
 
 
 def supcon(z: Tensor, labels: Tensor, tau: float = 0.1, exchange: Exchange = Batch) -> Tensor:
@@ -57,6 +55,7 @@ def align_uniform(
     )
 
 
+@full_precision()
 def decoupled_uniformity(
     z: Tensor,
     y: Tensor | None = None,

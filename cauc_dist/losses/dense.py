@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from cauc_dist.kernels import Kernel, floating
-from cauc_dist.losses.batch import Batch, Exchange, NonFinite
+from cauc_dist.losses.batch import Batch, Exchange, NonFinite, full_precision
 from cauc_dist.losses.checks import embeddings, metadata, positive
 
 
+@full_precision()
 def threshold(z: Tensor, y: Tensor, kernel: Kernel, tau: float = 0.1, exchange: Exchange = Batch) -> Tensor:
     """Each positive k repels only those less alike than itself   (Barbano et al. 2023, arXiv 2211.08326, L^thr).
 
@@ -32,6 +33,7 @@ def threshold(z: Tensor, y: Tensor, kernel: Kernel, tau: float = 0.1, exchange: 
     return finite((p * (torch.logaddexp(s, less) - s)).sum() / len(s), batch)
 
 
+@full_precision()
 def expw(
     z: Tensor, y: Tensor, kernel: Kernel, tau: float = 0.1, shifted: bool = False, exchange: Exchange = Batch
 ) -> Tensor:
@@ -55,6 +57,7 @@ def expw(
     return finite((p * ((s * c).logsumexp(1, keepdim=True) - s)).sum() / len(s), batch)
 
 
+@full_precision()
 def rank_n_contrast(z: Tensor, y: Tensor, tau: float = 2.0, exchange: Exchange = Batch) -> Tensor:
     """Distances of embeddings in the order of distances of labels   (Zha et al. 2023, arXiv 2210.01189).
 

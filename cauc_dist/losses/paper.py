@@ -39,7 +39,7 @@ def y_aware_infonce(
     choice("normalise", normalise, "row", "column")
     z, batch = embeddings(z, exchange=exchange)
     y = metadata(y, batch)
-    likes = similar(Weights(kernel, y, z.dtype), y, z)
+    likes = similar(Weights(kernel, y, z.dtype), y, batch)
     return evaluate(z, batch, (1.0, terms.info_nce(tau, likes, normalise == "row")))
 
 
@@ -66,7 +66,7 @@ def conditional_alignment(
 def _alignment(batch: Batch, y: Tensor, weights: Weights, alpha: float, normalise: str) -> Term:
     positive(alpha=alpha)
     choice("normalise", normalise, "row", "global")
-    likes = similar(weights, y, batch.z)
+    likes = similar(weights, y, batch)
     if alpha == 2:
         return terms.alignment(likes, normalise == "row")
     return terms.powered_alignment(likes, weights, normalise == "row", alpha / 2)
@@ -139,7 +139,8 @@ def cauc(
     weights = Weights(kernel, y, z.dtype)
     align = _alignment(batch, y, weights, alpha, normalise_align)
     unif = _uniformity(batch, weights, t, normalise_unif, views, within)
-    return evaluate(z, batch, (t if lambda_align is None else lambda_align, align), (lambda_unif, unif))
+    # The uniformity first: its own tiles are computed while other ranks' rows are on their way.
+    return evaluate(z, batch, (lambda_unif, unif), (t if lambda_align is None else lambda_align, align))
 
 
 def geometry(

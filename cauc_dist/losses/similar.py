@@ -4,7 +4,7 @@ n subjects, b of them here     W (n, n) weights, diagonal 1     a (n,), v (n,)  
 
 Four ways, the first that applies:
 matrix     a few hundred subjects: W itself.
-distinct   metadata of few distinct values (whole years, classes): sums by value, then the small kernel. Exact.
+distinct   metadata of few distinct values (whole years, classes): sums by value, then the small kernel, in float64.
 low rank   few smooth columns: W_ij = C[cat_i, cat_j] L_i.L_j, C the kernel of the categories and L a pivoted Cholesky
            factor of the rest, on its distinct values. The residual of that factorisation is positive semi-definite, so
            that its largest diagonal number bounds every entry of it: the certificate. fp32 only.
@@ -12,7 +12,6 @@ exact      tiles of W, for everything else.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -36,6 +35,16 @@ class Similar(Protocol):
 
     def pull(self, batch: Batch, a: Tensor) -> Tensor:
         """sum_{j!=i} w_ij (a_i + a_j) zbar_j (b, D)."""
+
+
+class Alone:
+    """W = identity: no subject is like another."""
+
+    def row_sums(self, batch: Batch, v: Tensor | None = None) -> Tensor:
+        return torch.zeros(batch.n, dtype=torch.float64, device=batch.z.device)
+
+    def pull(self, batch: Batch, a: Tensor) -> Tensor:
+        return torch.zeros_like(batch.z[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,17 +94,26 @@ class Factored:
     def groups(self) -> int:
         return int(self.group.max()) + 1 if self.among is None else len(self.among)
 
+    @property
+    def rank(self) -> int:
+        return 1 if self.factor is None else self.factor.shape[1]
+
     def row_sums(self, batch: Batch, v: Tensor | None = None) -> Tensor:
         x = torch.ones(batch.n, 1, dtype=torch.float64, device=self.group.device)
         x = x if v is None else v.to(x)[:, None]
         everyone = slice(0, batch.n)
-        return self._from(self._to(everyone, x), everyone)[:, 0] - self._diagonal(everyone) * x[:, 0]
+        sums = self._add(x.new_zeros((self.groups, self.rank, 1)), everyone, x)
+        return self._from(sums, everyone)[:, 0] - self._diagonal(everyone) * x[:, 0]
 
     def pull(self, batch: Batch, a: Tensor) -> Tensor:
         a = a.double()
 
         def sums(start: int, z: Tensor) -> Tensor:
-            return sum_in_parts(z, start, lambda run, x: self._to(run, torch.cat([x, a[run, None] * x], 1)))
+            total = a.new_zeros((self.groups, self.rank, 2 * z.shape[2]))
+            for run in tiled.runs(slice(start, start + z.shape[1]), PART):
+                x = z[:, run.start - start : run.stop - start].sum(0, dtype=torch.float64)
+                self._add(total, run, torch.cat([x, a[run, None] * x], 1))
+            return total
 
         total = batch.total(sums)
         return torch.cat([self._part(batch, run, total, a) for run in tiled.runs(batch.own, PART)] or [batch.z[0]])
@@ -106,15 +124,15 @@ class Factored:
         ours = a[run, None]
         return (ours * plain + scaled - (self._diagonal(run)[:, None] * 2 * ours) * x).to(batch.z.dtype)
 
-    def _to(self, run: slice, x: Tensor) -> Tensor:
-        """(G, r, E): the sum over the subjects of each category of L_j x_j, x (m, E)."""
+    def _add(self, sums: Tensor, run: slice, x: Tensor) -> Tensor:
+        """Adds to sums (G, r, E), for each category, L_j x_j of its subjects in the run; x (m, E)."""
         group = self.group[run]
         if self.factor is None:
-            return x.new_zeros((self.groups, x.shape[1])).index_add_(0, group, x)[:, None]
-        sums = x.new_zeros((self.groups, self.factor.shape[1], x.shape[1]))
+            sums[:, 0].index_add_(0, group, x)
+            return sums
         for g, members in enumerate(self._members(group)):
             if len(members):
-                sums[g] = self.factor[run][members].T @ x[members]
+                sums[g].addmm_(self.factor[run][members].T, x[members])
         return sums
 
     def _from(self, sums: Tensor, run: slice) -> Tensor:
@@ -148,24 +166,17 @@ PART = 4096
 """Subjects whose embeddings are held in float64 at a time."""
 
 
-def sum_in_parts(z: Tensor, start: int, of: Callable[[slice, Tensor], Tensor]) -> Tensor:
-    """The sum over parts of a block z (V, m, D) of `of(subjects, zbar (part, D) float64)`."""
-    parts = [
-        of(run, z[:, run.start - start : run.stop - start].sum(0, dtype=torch.float64))
-        for run in tiled.runs(slice(start, start + z.shape[1]), PART) or [slice(start, start)]
-    ]
-    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-
-
-def similar(weights: tiled.Weights, y: Tensor, z: Tensor) -> Similar:
-    """The way to W x for metadata y (n, k) and embeddings z (V, ., D)."""
+def similar(weights: tiled.Weights, y: Tensor, batch: Batch) -> Similar:
+    """The way to W x for metadata y (n, k) and the embeddings of a batch."""
     if len(y) <= SMALL:
         everyone = slice(0, len(y))
         return Matrix(weights.alike(everyone, everyone))
-    found = distinct(weights.kernel, y)
-    # With one view a row may have next to no weight, which a low rank would drown; GPUs are faster at exact tiles.
-    if found is None and z.dtype == torch.float32 and len(z) > 1 and z.device.type == "cpu":
-        found = low_rank(weights.kernel, y)
+    found = None
+    if len(batch.z) > 1:  # with one view a row may have next to no weight, which taking its diagonal off would drown
+        found = distinct(weights.kernel, y)
+        # GPUs are faster at exact tiles; and unlike machines may find factors that do not fit each other.
+        if found is None and batch.z.dtype == torch.float32 and batch.z.device.type == "cpu" and batch.sums_here:
+            found = low_rank(weights.kernel, y)
     return found or Exact(weights)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cauc_dist.losses import tiled
-from cauc_dist.losses.batch import Batch, NonFinite
+from cauc_dist.losses.batch import Batch, NonFinite, full_precision
 from cauc_dist.losses.similar import Similar
 from cauc_dist.losses.tiled import Weights
 
@@ -49,6 +49,9 @@ def loss_and_grad(loss: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, 
     the autograd face gives it, where an exchange has W ranks. No graph of z is kept.
     """
     z = z.detach().requires_grad_()
+    off = float((torch.linalg.vector_norm(z.detach().float(), dim=-1) - 1).abs().max())
+    if not off < 1e-2:
+        raise ValueError(f"norms of z are up to {off:.2g} away from 1; wanted unit rows: dz is tangent to the sphere")
     with torch.enable_grad():
         value = loss(z)
         (dz,) = torch.autograd.grad(value, z)
@@ -62,9 +65,10 @@ def measure(batch: Batch, *terms: Term) -> list[float]:
 
 
 def _solve(batch: Batch, terms: Sequence[Term], grad: bool) -> list[tuple[float, Tensor | None]]:
-    parts = [term(batch, grad) for term in terms]
+    with full_precision():
+        parts = [term(batch, grad) for term in terms]
     finite = batch.z.abs().sum(dtype=torch.float64)[None]
-    # The one place where a GPU is waited for.
+    # A GPU is waited for here, once for all parts.
     totals: list[float] = batch.gather(torch.cat([finite, *(part.sums for part in parts)])).sum(0).tolist()
     if not all(map(math.isfinite, totals)):
         raise NonFinite.of(batch)

@@ -18,6 +18,7 @@ from cauc_dist.losses import (
     decoupled_uniformity,
     expw,
     geometry,
+    loss_and_grad,
     ntxent,
     rank_n_contrast,
     supcon,
@@ -301,6 +302,43 @@ def wrong_share(exchange: str, shapes: list[tuple[int, ...]]) -> list[str]:
         except ValueError as error:
             found.append(str(error))
     return found
+
+
+def fewer_rows_later(exchange: str) -> str:
+    import torch.distributed as dist
+
+    from cauc_dist import gather
+
+    over = getattr(gather, exchange)(SUBJECTS)
+    rank = dist.get_rank()
+    z = oracles.unit(2, SUBJECTS, 4)[:, :4] if rank == 0 else oracles.unit(2, SUBJECTS, 4)[:, 4:]
+    uniformity(z, exchange=over)
+    if rank == 0:
+        return ""
+    try:
+        uniformity(z[:, 1:], exchange=over)
+    except ValueError as error:
+        return str(error)
+    return "taken"
+
+
+@pytest.mark.parametrize("exchange", ["AllGather", "Ring"])
+def test_a_rank_that_later_comes_with_fewer_rows_is_refused_and_not_padded(exchange: str) -> None:
+    assert run_ranks(2, fewer_rows_later, exchange)[1] == (
+        "z has 2 subjects on rank 1; wanted 3: 7 over 2 ranks are [4, 3]"
+    )
+
+
+def test_an_infinite_value_of_metadata_is_refused_by_the_name_of_its_column() -> None:
+    kernel, y = product(age=gaussian(5.0), sex=delta()), oracles.cohort(6)
+    y[3, 0] = -math.inf
+    message = "column age of y has an infinite value; wanted finite ones, NaN where missing"
+    refused(lambda: y_aware_infonce(Z, y, kernel), message)
+
+
+def test_loss_and_grad_refuses_rows_that_are_not_of_unit_norm() -> None:
+    message = "norms of z are up to 1 away from 1; wanted unit rows: dz is tangent to the sphere"
+    refused(lambda: loss_and_grad(uniformity, 2 * Z), message)
 
 
 @pytest.mark.parametrize("exchange", ["AllGather", "Ring"])

@@ -217,7 +217,7 @@ def test_distinct_refuses_more_values_than_an_eighth_of_the_subjects_or_than_mos
 
 def way(kernel: Kernel, y: Tensor, dtype: torch.dtype = torch.float32, views: int = 2) -> str:
     z = oracles.unit(views, len(y), 4).to(dtype)
-    found = similar.similar(tiled.Weights(kernel, y, dtype), y, z)
+    found = similar.similar(tiled.Weights(kernel, y, dtype), y, Batch(z))
     if isinstance(found, Factored):
         return "distinct" if found.factor is None else "low rank"
     return type(found).__name__.lower()
@@ -230,7 +230,8 @@ def test_the_way_taken_is_the_cheapest_that_is_exact_enough() -> None:
     assert way(kernel, both[:513]) != "matrix"
     assert way(gaussian(5.0), age.round()) == "distinct"
     assert way(gaussian(5.0, "ignore"), hide(age.round())) == "distinct"
-    assert way(delta(), sex, F64, views=1) == "distinct"
+    assert way(delta(), sex, F64) == "distinct"
+    assert way(delta(), sex, F64, views=1) == "exact"  # a row may have no weight, which a difference would not give
     assert way(kernel, both) == "low rank"
     assert way(kernel.fit(both), hide(both)) == "exact"  # three categories, a missing one among them
     more = torch.cat([uniform(2048, 6, 86), classes(2048, 2)], 1)
@@ -240,3 +241,14 @@ def test_the_way_taken_is_the_cheapest_that_is_exact_enough() -> None:
     assert way(gaussian(0.01), age) == "exact"
     assert way(product(age=gaussian(5.0, "ignore"), sex=delta()), both) == "exact"
     assert way(delta(), torch.arange(1024.0)[:, None]) == "exact"
+
+
+def test_with_one_view_a_rare_subject_keeps_the_little_weight_it_has() -> None:
+    """Whole ages 20 ... 59 and one of 103: its weights sum to 5e-16, beside a diagonal of 1."""
+    y = torch.cat([torch.arange(600.0).remainder(40) + 20, torch.tensor([103.0])]).double()[:, None]
+    z = oracles.unit(1, 601, 4)
+    kernel = gaussian(5.0)
+    found = similar.similar(tiled.Weights(kernel, y, F64), y, Batch(z)).row_sums(Batch(z))[-1]
+    wanted = torch.exp(-0.5 * ((y[:-1] - 103) / 5).square()).sum()
+    assert 0 < float(wanted) < 1e-13
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
