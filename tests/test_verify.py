@@ -248,7 +248,7 @@ def test_the_large_batch_goes_each_way_to_the_weights() -> None:
     ways = []
     for columns in (verify.aged, verify.scored, verify.known):
         few, kernel = columns(y)
-        ways.append(similar.similar(Weights(kernel, few, z.dtype), few, z))
+        ways.append(similar.similar(Weights(kernel, few, z.dtype), few, Batch(z)))
     distinct, low_rank, exact = ways
     assert isinstance(distinct, similar.Factored)
     assert distinct.factor is None
