@@ -182,12 +182,8 @@ def similar(weights: tiled.Weights, y: Tensor, batch: Batch) -> Similar:
 
 def distinct(kernel: Kernel, y: Tensor, most: int = 1024) -> Factored | None:
     """By distinct rows of metadata, where there are at most `most`, and an eighth of n; exact for every kernel."""
-    rows = kernel.rows(y, torch.float64)
-    _, group, first = _unique(rows)
-    if len(first) > min(most, len(y) // 8):
-        return None
-    few = _take(rows, first)
-    return Factored(group, kernel(few, few))
+    group, few = _unique(kernel.rows(y, torch.float64))
+    return None if len(few) > min(most, len(y) // 8) else Factored(group, kernel(few, few))
 
 
 def low_rank(kernel: Kernel, y: Tensor, tolerance: float | None = None, most: int = 256) -> Factored | None:
@@ -205,23 +201,17 @@ def low_rank(kernel: Kernel, y: Tensor, tolerance: float | None = None, most: in
     smooth = [k for k in range(len(kernel.factors)) if k not in categories]
     group, among = torch.zeros(n, dtype=torch.long, device=y.device), None
     if categories:
-        part = kernel.only(categories)
-        _, group, first = _unique(_columns(rows, categories))
-        if len(first) > min(most, n // 8):
+        group, few = _unique(_columns(rows, categories))
+        if len(few) > min(most, n // 8):
             return None
-        few = _take(_columns(rows, categories), first)
-        among = part(few, few)
+        among = kernel.only(categories)(few, few)
     if not smooth:
         return Factored(group, among)
-    part = kernel.only(smooth)
-    _, place, first = _unique(_columns(rows, smooth))
-    few = _take(_columns(rows, smooth), first)
+    place, few = _unique(_columns(rows, smooth))
     tolerance = torch.finfo(torch.float32).eps / (2 * n) if tolerance is None else tolerance
     groups = 1 if among is None else len(among)
-    factor = pivoted_cholesky(part, few, tolerance, min(most, n // (8 * groups)))
-    if factor is None:
-        return None
-    return Factored(group, torch.ones(1, 1).to(rows.y) if among is None else among, factor[place])
+    factor = pivoted_cholesky(kernel.only(smooth), few, tolerance, min(most, n // (8 * groups)))
+    return None if factor is None else Factored(group, among, factor[place])
 
 
 def pivoted_cholesky(kernel: Kernel, rows: Rows, tolerance: float, most: int) -> Tensor | None:
@@ -250,24 +240,17 @@ def _diagonal(kernel: Kernel, rows: Rows, size: int = 256) -> Tensor:
     return torch.cat([kernel(rows[run], rows[run]).diagonal() for run in tiled.runs(slice(0, len(rows)), size)])
 
 
-def _unique(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """(distinct rows, which of them each row is (n,), a row that has it for each (U,))."""
+def _unique(rows: Rows) -> tuple[Tensor, Rows]:
+    """(which of the distinct rows each row is (n,), the distinct rows)."""
     keys = rows.y if rows.missing is None else torch.cat([rows.y, rows.missing.to(rows.y)], 1)
-    if keys.shape[1] == 1:
+    if keys.shape[1] == 1:  # sorted as numbers, which is faster
         values, group = torch.unique(keys[:, 0], return_inverse=True)
     else:
         values, group = torch.unique(keys, dim=0, return_inverse=True)
-    first = torch.full((len(values),), len(group), device=group.device)
+    first = torch.full((len(values),), len(group), device=group.device)  # a row that has each of them
     first.scatter_reduce_(0, group, torch.arange(len(group), device=group.device), "amin")
-    return values, group, first
-
-
-def _take(rows: Rows, index: Tensor) -> Rows:
-    return Rows(
-        rows.y[index],
-        None if rows.missing is None else rows.missing[index],
-        None if rows.fill is None else rows.fill[:, index],
-    )
+    missing = None if rows.missing is None else rows.missing[first]
+    return group, Rows(rows.y[first], missing, None if rows.fill is None else rows.fill[:, first])
 
 
 def _columns(rows: Rows, columns: list[int]) -> Rows:

@@ -137,6 +137,11 @@ class Sweep:
         return h[:, run].reshape(self.sets, -1)
 
 
+def by_pair(w: Tensor, scale: Tensor, i: slice, j: slice) -> Tensor:
+    """w_ij (a_i + a_j) of two runs of subjects, in place; a (n,)."""
+    return w.mul_(scale[i, None] + scale[None, j])
+
+
 def add_products(s: Tensor, a: Side, i: int, b: Side, j: int, both: bool) -> None:
     """The sums over j of s_ij x_j, and where the tile serves both sides, over i of s_ij x_i."""
     a.sum[i].baddbmm_(s, b.x[j])
@@ -168,7 +173,7 @@ def exp_sums(
         if weights is not None:
             c = weights.unlike(a.runs[i], b.runs[j])
             if scale is not None:
-                c.mul_(scale[a.runs[i], None] + scale[None, b.runs[j]])
+                by_pair(c, scale, a.runs[i], b.runs[j])
             mass.add_(c.sum(), alpha=1 + both)
             sweep.by_subject(s, c)
         S.add_(s.sum((1, 2)), alpha=1 + both)
@@ -224,7 +229,7 @@ def power_sums(
         w = weights.alike(a.runs[i], b.runs[j])
         if a is b and i == j:
             w.fill_diagonal_(1.0)
-        w.mul_(scale[a.runs[i], None] + scale[None, b.runs[j]])
+        by_pair(w, scale, a.runs[i], b.runs[j])
         d = sweep.scratch("s", a.x[i], b.x[j])
         torch.baddbmm(d, a.x[i], b.x[j].mT, beta=0, alpha=-2.0, out=d).add_(2.0)
         if a is b and i == j:
@@ -273,8 +278,7 @@ def pull(batch: Batch, weights: Weights, scale: Tensor) -> Tensor:
     subjects = Sweep(_Summed(batch), 1)
 
     def visit(a: Side, i: int, b: Side, j: int, both: bool) -> None:
-        w = weights.alike(a.runs[i], b.runs[j])
-        w.mul_(scale[a.runs[i], None] + scale[None, b.runs[j]])
+        w = by_pair(weights.alike(a.runs[i], b.runs[j]), scale, a.runs[i], b.runs[j])
         add_products(w[None], a, i, b, j, both)
 
     return subjects.over(visit, batch.z.shape[-1])[0]
