@@ -6,10 +6,7 @@ import io
 import itertools
 import math
 import re
-import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,21 +35,6 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may use
 def _triton_is_there() -> None:
     if not TRITON:
         pytest.fail("triton is not installed: pip install triton. The GPU path is tested here or nowhere: no skip")
-
-
-def _ready() -> None:
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Callable[..., Any]]:
-    """Calls a function in a process whose Triton interprets; here, and for other tests, kernels stay compiled ones."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            pool.submit(_ready).result()  # starts the process
-        yield lambda fn, *args: pool.submit(fn, *args).result(timeout=100)
 
 
 # The oracle: the formulas, dense, in float64.

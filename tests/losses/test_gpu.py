@@ -1,8 +1,6 @@
 """The objectives through the Triton kernels, in Triton's interpreter: chosen where they apply, and the same numbers."""
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -47,16 +45,6 @@ def batch() -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(3)
     age = 6 + 80 * torch.rand(N, generator=draw, dtype=torch.float64)
     return unit(2, N, 12), torch.stack([age, torch.randint(0, 2, (N,), generator=draw).double()], 1)
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Callable[..., Any]]:
-    """Calls a function in a process whose Triton interprets kernels on CPU tensors."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            pool.submit(torch.set_num_threads, 1).result()  # starts the process
-        yield lambda fn, *args: pool.submit(fn, *args).result(timeout=100)
 
 
 def through_kernels(names: list[str], exchange: Exchange = Batch) -> dict[str, tuple[int, float, Tensor]]:
