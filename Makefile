@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test faults lint lock clean
 
 demo: $(READY)  ## the whole chain on a synthetic cohort, about three minutes
 	$(BIN)/cauc demo --folder demo/$$(date +%Y%m%d-%H%M%S)
 
 test: $(READY) $(VENV)/triton  ## the whole test suite
 	$(BIN)/python -m pytest
+
+faults: $(READY)  ## killed, full, damaged, twice at once: as the tests, many times each; results in benchmarks/results
+	CAUC_FAULTS=full $(BIN)/python -m pytest tests/test_faults.py
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

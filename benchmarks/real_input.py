@@ -24,6 +24,7 @@ from cauc_dist.prepare import prepare
 from cauc_dist.probe import Score, Table, balanced_accuracy, interval, probe
 from cauc_dist.provenance import provenance
 from cauc_dist.store.ingest import ingest
+from cauc_dist.store.planned import Settings
 
 STUDIES: dict[str, tuple[str, tuple[int, int, int] | None]] = {
     "hippocampus": ("hippocampus260", (31, 40, 24)),
@@ -116,7 +117,7 @@ def main() -> None:
         made.mkdir(parents=True, exist_ok=True)
     folder, shape = STUDIES[a.study]
     if not (a.work / f"{a.study}.zarr").exists():
-        print(ingest(Path(os.environ["CAUC_DATA"]) / folder, a.work / f"{a.study}.zarr", shape=shape))
+        print(ingest(Path(os.environ["CAUC_DATA"]) / folder, a.work / f"{a.study}.zarr", Settings(shape=shape)))
     tables = {
         (m, s, f): one(a.study, m, s, f, a.work, a.ranks)
         for s in range(a.seeds)

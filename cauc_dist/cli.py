@@ -1,34 +1,45 @@
-"""`cauc`: ingest, train, resume, probe, report, verify, demo. No torch or zarr before a command needs them."""
+"""`cauc`: from scans to a store, a trained encoder and its probes. No torch or zarr before a command needs them."""
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from tyro.conf import Positional
 
 from cauc_dist import config
 from cauc_dist.config import RunConfig
-from cauc_dist.errors import BAD_INPUT, BadInput, nearest
+from cauc_dist.errors import BAD_INPUT, SET_ASIDE, BadInput, nearest
 
 COMMANDS = {
     "demo": "the whole chain on a synthetic cohort: data, store, three trainings, probes, report",
-    "ingest": "a BIDS folder of NIfTI scans with participants.tsv -> a Zarr store",
+    "ingest": "scans and their metadata (BIDS, OpenBHB, .npy, tables, CIFAR-100) -> a Zarr store",
+    "store": "info, verify, append, split: what is in a store, whether it is sound, more scans, a split by subject",
+    "augment-preview": "a contact sheet of random views of a store's scans, as PNG",
     "train": "pre-train an encoder: a recipe (or a run's config.json), any field overridden, on --ranks processes",
     "resume": "go on with a run from its newest sound checkpoint",
     "probe": "linear probes of frozen features on held-out subjects, beside an untrained encoder",
     "report": "one HTML page: the probe table and the curves of one or several runs",
     "verify": "on this machine, every objective on --ranks processes against one: value and gradient",
+    "bench": "bench data: how fast scans are read, beside other ways of reading them",
+}
+STORE = {
+    "info": "what a store holds: its form, sources, metadata with histograms; --out PAGE.html for a page",
+    "verify": "read every byte: checksums of chunks, statistics, and with --sources the files that it was made from",
+    "append": "add the scans of another source to a store, in the store's own form",
+    "split": "deal the subjects into train, validation, test ..., kept as a column of the store",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code.
 
-    0 done, 1 a fault that `verify` found, 2 bad input, 3 non-finite loss, 130 interrupted, else a dead rank's.
+    0 done, 1 a fault that `verify` found, 2 bad input, 3 non-finite loss, 4 done with scans set aside, 130 interrupted,
+    else a dead rank's.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -42,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise BadInput(f"no command {arguments[0]!r}", wanted="a command", do=nearest(arguments[0], COMMANDS))
-        command: Callable[[Sequence[str]], int] = globals()[f"_{arguments[0]}"]
+        command: Callable[[Sequence[str]], int] = globals()[f"_{arguments[0].replace('-', '_')}"]
         return command(arguments[1:])
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
@@ -77,41 +88,315 @@ T = TypeVar("T")
 
 def _parse(kind: type[T], command: str, arguments: Sequence[str], default: T | None = None) -> T:
     options = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=arguments, prog=f"cauc {command}", description=COMMANDS[command], **options)  # type: ignore[no-any-return, call-overload]
+    description = STORE[command.removeprefix("store ")] if command.startswith("store ") else COMMANDS[command]
+    return tyro.cli(kind, args=arguments, prog=f"cauc {command}", description=description, **options)  # type: ignore[no-any-return, call-overload]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What `ingest` and `store append` read beside the scans (docs/sources.md)."""
+
+    table: Path | None = None
+    """Table of participants; default: participants.tsv (or .csv) of the source."""
+    features: Path | None = None
+    """Table of features, a row a participant: the samples are its rows, there are no volumes."""
+    missing: tuple[str, ...] = ()
+    """Codes that mean missing, COLUMN=CODE; *=CODE for every column. E.g. height=0 *=-9999."""
+    ranges: tuple[str, ...] = ()
+    """Values outside become missing, COLUMN=LOW:HIGH. E.g. height=100:230."""
 
 
 @dataclass(frozen=True)
 class Ingest:
     source: Annotated[Positional[Path], tyro.conf.arg(metavar="SOURCE")]
-    """BIDS folder: participants.tsv and sub-*/[ses-*/]anat/sub-*_SUFFIX.nii[.gz]."""
+    """Folder (BIDS, OpenBHB, .npy files, CIFAR-100) or table of features."""
     store: Annotated[Positional[Path], tyro.conf.arg(metavar="STORE")]
     """Zarr store to make."""
-    shape: tuple[int, int, int] | None = None
+    metadata: Annotated[Metadata, tyro.conf.arg(name="")] = Metadata()
+    shape: tuple[int, ...] | None = None
     """Central window of every scan, voxels; needed where scans differ in shape."""
     pad: bool = False
     """Let scans smaller than the window be padded with zeros."""
-    dtype: Literal["f16", "f32"] = "f16"
-    """f16 (scaled by a power of two, about 70 dB) or exact f32."""
-    suffix: str = "T1w"
-    """Which BIDS images: sub-*_SUFFIX.nii.gz."""
-    partial: bool = False
-    """Keep participants that have both a scan and a row; list the others."""
+    layout: Literal["auto", "packed", "dense"] = "auto"
+    """packed keeps only the voxels that some scan has; auto: where those are at most 70 %."""
+    dtype: Literal["auto", "f16", "f32", "i16"] = "auto"
+    """f16 (scaled by a power of two, about 70 dB), exact f32, or i16 (scaled, about 95 dB). auto: f16, tables f32."""
+    codec: Literal["auto", "lz4", "zstd", "none"] = "auto"
+    """auto: none for packed, lz4 for dense. zstd: smallest, slowest."""
+    suffix: tuple[str, ...] = ("T1w",)
+    """Which images: sub-*_SUFFIX.nii.gz. Several become channels. OpenBHB: vbm, quasiraw, vbm_roi ..."""
+    resample: tuple[float, float, float] | None = None
+    """Voxel size in mm that every scan is resampled to (linear)."""
+    dry_run: bool = False
+    """Say what would be done, with an estimate of disk and time; write nothing."""
+    workers: int | None = None
+    """Processes; default: the cores, fewer for a small cohort."""
+    task: str = "0/1"
+    """I/N: do the I-th of N shares, in a job array whose tasks see one disk; the last to finish makes the store."""
+    wait_minutes: float = 60.0
+    """How long a task waits for the others' part of the survey (packed stores)."""
+    fresh: bool = False
+    """Throw away what an unfinished ingest of other data or settings left."""
 
 
 def _ingest(arguments: Sequence[str]) -> int:
-    options = dataclasses.asdict(_parse(Ingest, "ingest", arguments))
+    options = _parse(Ingest, "ingest", arguments)
     from cauc_dist.progress import Counter
-    from cauc_dist.store.ingest import ingest
+    from cauc_dist.store.ingest import estimate, ingest
+    from cauc_dist.store.planned import Settings
 
-    with Counter("ingest") as progress:
-        summary = ingest(options.pop("source"), options.pop("store"), **options, progress=progress)
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: getattr(options, name) for name in names})
+    metadata = dataclasses.asdict(options.metadata)
+    if options.dry_run:
+        print(estimate(options.source, settings, workers=options.workers, **metadata))
+        return 0
+    task = _task(options.task)
+    with Counters(Counter) as progress:
+        summary = ingest(
+            options.source,
+            options.store,
+            settings,
+            workers=options.workers,
+            task=task,
+            wait_minutes=options.wait_minutes,
+            fresh=options.fresh,
+            progress=progress,
+            **metadata,
+        )
+    if summary is None:
+        print(f"task {options.task} has done its share; the last one to finish makes {options.store}")
+        return 0
     print(summary)
+    return SET_ASIDE if summary.set_aside else 0
+
+
+def _task(text: str) -> tuple[int, int]:
+    try:
+        i, n = map(int, text.split("/"))
+    except ValueError:
+        raise BadInput(f"--task {text}", wanted="I/N", do="e.g. --task 0/8 to --task 7/8") from None
+    return i, n
+
+
+class Counters:
+    """A counter for each stage of a work, made when it begins."""
+
+    def __init__(self, kind: Any) -> None:
+        self._kind, self._open = kind, contextlib.ExitStack()
+        self._what = ""
+        self._counter: Any = None
+
+    def __enter__(self) -> "Counters":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self._open.close()
+            self._what, self._counter = what, self._open.enter_context(self._kind(what))
+        self._counter(done, total)
+
+
+@dataclass(frozen=True)
+class Info:
+    store: Annotated[Positional[str], tyro.conf.arg(metavar="STORE")]
+    """Folder or URL."""
+    out: Path | None = None
+    """Write a page (HTML) too."""
+    montage: bool = False
+    """With --out: a picture of the middle slices of some scans. Heads that are not defaced can be recognised."""
+
+
+def _store(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, STORE))
+        print("usage: cauc store COMMAND ... (cauc store COMMAND --help says more)\n")
+        print("\n".join(f"  {name:<{width}}  {text}" for name, text in STORE.items()))
+        return 0
+    name = arguments[0]
+    if name not in STORE:
+        raise BadInput(f"no command {'store ' + name!r}", wanted="a command", do=nearest(name, STORE))
+    command: Callable[[Sequence[str]], int] = globals()[f"_store_{name}"]
+    return command(arguments[1:])
+
+
+def _store_info(arguments: Sequence[str]) -> int:
+    options = _parse(Info, "store info", arguments)
+    _writable(options.out)
+    from cauc_dist.info import page, text
+    from cauc_dist.store.reader import Store
+
+    store = Store.open(options.store)
+    print(text(store))
+    if options.out is not None:
+        page(store, options.out, montage=options.montage, say=_say)
+        print(f"wrote {options.out}")
+    elif options.montage:
+        raise BadInput("--montage without --out", wanted="a page to put it on", do="e.g. --out info.html")
     return 0
+
+
+@dataclass(frozen=True)
+class VerifyStore:
+    store: Annotated[Positional[str], tyro.conf.arg(metavar="STORE")]
+    """Folder or URL."""
+    sources: Path | None = None
+    """The source that it was ingested from: compare its files with the checksums in the store."""
+    threads: int = 4
+
+
+def _store_verify(arguments: Sequence[str]) -> int:
+    options = _parse(VerifyStore, "store verify", arguments)
+    from cauc_dist.progress import Counter
+    from cauc_dist.store.check import check
+
+    with Counter("verify") as progress:
+        verdict = check(options.store, sources=options.sources, threads=options.threads, progress=progress)
+    print(verdict)
+    return int(bool(verdict.faults))
+
+
+@dataclass(frozen=True)
+class Append:
+    source: Annotated[Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    """As for ingest."""
+    store: Annotated[Positional[Path], tyro.conf.arg(metavar="STORE")]
+    """Store to add to."""
+    metadata: Annotated[Metadata, tyro.conf.arg(name="")] = Metadata()
+    workers: int | None = None
+    """Processes; default: the cores, fewer for a small cohort."""
+    fresh: bool = False
+    """Throw away what an unfinished append of other data left."""
+
+
+def _store_append(arguments: Sequence[str]) -> int:
+    options = _parse(Append, "store append", arguments)
+    from cauc_dist.progress import Counter
+    from cauc_dist.store.append import append
+
+    with Counters(Counter) as progress:
+        summary = append(
+            options.source,
+            options.store,
+            workers=options.workers,
+            fresh=options.fresh,
+            progress=progress,
+            **dataclasses.asdict(options.metadata),
+        )
+    print(summary)
+    return SET_ASIDE if summary.set_aside else 0
+
+
+@dataclass(frozen=True)
+class Split:
+    store: Annotated[Positional[Path], tyro.conf.arg(metavar="STORE")]
+    """Store that gets the column."""
+    name: str = "split"
+    """Column to make."""
+    parts: tuple[str, ...] = ("train=.8", "validation=.1", "test=.1")
+    """PART=SHARE, adding up to 1; `train` is what --data.split trains on."""
+    by: tuple[str, ...] = ()
+    """Columns whose values (numbers: fifths of them) each part has its share of."""
+    seed: int = 0
+
+
+def _store_split(arguments: Sequence[str]) -> int:
+    options = _parse(Split, "store split", arguments)
+    from cauc_dist.store.append import split_store
+
+    counts = split_store(options.store, options.name, _shares(options.parts), options.by, options.seed)
+    for part, (subjects, scans) in counts.items():
+        print(f"{part}: {subjects} subjects, {scans} scans")
+    print(f"train on it with --data.split {options.name}")
+    return 0
+
+
+def _shares(parts: Sequence[str]) -> dict[str, float]:
+    try:
+        return {name: float(share) for name, share in (part.split("=") for part in parts)}
+    except ValueError:
+        do = "e.g. --parts train=.8 test=.2"
+        raise BadInput(f"--parts {' '.join(parts)}", wanted="PART=SHARE, several", do=do) from None
+
+
+@dataclass(frozen=True)
+class Preview:
+    store: Annotated[Positional[str], tyro.conf.arg(metavar="STORE")]
+    """Folder or URL."""
+    recipe: str | None = None
+    """A recipe or a run's config.json, for its augmentation."""
+    preset: str | None = None
+    """A published set of transforms: all_tf, cutout, crop, simclr_2d."""
+    augment: config.Augment = dataclasses.field(default_factory=config.Augment)
+    """Any field, over what recipe or preset say."""
+    normalise: Literal["volume", "none"] = "volume"
+    scans: int = 4
+    """Scans, evenly spread over the store."""
+    seed: int = 0
+    epoch: int = 0
+    out: Path = Path("views.png")
+
+
+def _augment_preview(arguments: Sequence[str]) -> int:
+    options = _parse(Preview, "augment-preview", arguments)
+    base = _recipe(options.recipe).augment if options.recipe else options.augment
+    if options.preset:
+        base = _preset(options.preset)
+    if options.recipe or options.preset:
+        options = _parse(Preview, "augment-preview", arguments, default=dataclasses.replace(options, augment=base))
+    _writable(options.out)
+    from cauc_dist.sheet import contact_sheet
+    from cauc_dist.store.reader import Store
+
+    store = Store.open(options.store)
+    if options.scans < 1:
+        raise BadInput(f"--scans {options.scans}", wanted="1 or more", do="e.g. --scans 4")
+    n = min(options.scans, len(store))
+    rows = [i * len(store) // n for i in range(n)]
+    contact_sheet(
+        store,
+        options.augment,
+        rows=rows,
+        seed=options.seed,
+        epoch=options.epoch,
+        normalise=options.normalise,
+        out=options.out,
+    )
+    print(f"wrote {options.out}")
+    return 0
+
+
+def _preset(name: str) -> config.Augment:
+    if name not in config.PRESETS:
+        raise BadInput(f"no preset {name!r}", wanted="a published set", do=nearest(name, config.PRESETS))
+    return config.PRESETS[name]
+
+
+@dataclass(frozen=True)
+class Bench:
+    what: Annotated[Positional[Literal["data"]], tyro.conf.arg(metavar="data")]
+    quick: bool = False
+    """Under a minute."""
+    out: Path | None = None
+    """Write all raw numbers as JSON."""
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    options = _parse(Bench, "bench", arguments)
+    _writable(options.out)
+    from cauc_dist.bench import data
+
+    return data(quick=options.quick, out=options.out, say=_say)
 
 
 @dataclass(frozen=True)
 class Train:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    preset: str | None = None
+    """A published set of transforms instead of the recipe's: all_tf, cutout, crop, simclr_2d."""
     ranks: int = 1
     """Processes on this machine."""
     start: bool = True
@@ -127,8 +412,11 @@ def _train(arguments: Sequence[str]) -> int:
                 "`cauc train` without a recipe", wanted=" or ".join(recipes.recipes()), do="name one of them"
             )
         arguments = ["demo_cauc", "--help"]  # every recipe has the same fields; these are the values of one
-    base = _from_file(Path(arguments[0])) if arguments[0].endswith(".json") else recipes.get(arguments[0])
+    base = _recipe(arguments[0])
     options = _parse(Train, "train", arguments[1:], default=Train(base))
+    if options.preset is not None:
+        base = dataclasses.replace(base, augment=_preset(options.preset))
+        options = _parse(Train, "train", arguments[1:], default=Train(base))
     _at_least_one(options.ranks)
     from cauc_dist.prepare import prepare
 
@@ -137,6 +425,12 @@ def _train(arguments: Sequence[str]) -> int:
     if not options.start:
         return 0
     return _start(folder, options.ranks, options.config.engine.threads)
+
+
+def _recipe(name: str) -> RunConfig:
+    from cauc_dist import recipes
+
+    return _from_file(Path(name)) if name.endswith(".json") else recipes.get(name)
 
 
 def _from_file(path: Path) -> RunConfig:

@@ -6,9 +6,9 @@ all ranks), lengths are voxels, times are epochs unless the name says otherwise.
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from cauc_dist.errors import BadInput, nearest
 
@@ -17,51 +17,139 @@ from cauc_dist.errors import BadInput, nearest
 class Data:
     """Which scans a run sees, and how they are read."""
 
-    store: Path = Path("store.zarr")
-    """Zarr store made by `cauc ingest`."""
+    store: str = "store.zarr"
+    """Zarr store made by `cauc ingest`: a folder, or an http(s):// or s3:// URL."""
+    stage: str | None = None
+    """Folder on each node's own disk, e.g. '$SLURM_TMPDIR': the store is copied there first, once a node."""
+    split: str | None = None
+    """Column of the store: scans whose entry is `train` are trained on, the others held out. Instead of folds."""
     folds: int = 4
     """Subjects are dealt into this many parts by a hash of their name; 1 trains on everybody."""
     fold: int = 0
     """The part that is held out of pre-training, for probes."""
-    normalise: Literal["volume", "none"] = "volume"
-    """`volume`: zero mean and unit variance over all voxels of each scan (statistics kept in the store)."""
+    weights: str | None = None
+    """Column of numbers: a subject is drawn as often as its weight says, not once an epoch."""
+    balance: str | None = None
+    """Column (e.g. site): each of its values is drawn equally often."""
+    normalise: Literal["volume", "dataset", "none"] = "volume"
+    """`volume`: zero mean and unit variance over the voxels of each channel of each scan. `dataset`: over those of all
+    training scans (images, and tables feature by feature)."""
+    on_damage: Literal["raise", "skip"] = "raise"
+    """What a scan does whose bytes in the store are damaged: end the run, or stay out of its batch, and be counted."""
     threads: int = 2
     """Reader threads a rank."""
     prefetch: int = 2
     """Batches read ahead of the step."""
 
 
+Transform = Literal[
+    "flip",
+    "affine",
+    "shift",
+    "crop",
+    "colour",
+    "grey",
+    "bias",
+    "gamma",
+    "intensity",
+    "blur",
+    "noise",
+    "cutout",
+]
+
+
 @dataclass(frozen=True)
 class Augment:
-    """Random views of a volume; each transform is drawn independently with its probability `p_*` (0: off).
+    """Random views of a sample; each transform is drawn independently with its probability `p_*` (0: off).
 
-    Defaults: intensities only. Order: flip, shift, crop, grey, intensity, blur, noise, cutout.
+    Defaults: intensities only. Axes are spatial ones, counted from 0; lengths are voxels. docs/augment.md has the
+    formulas. Values are taken as they come: shift, noise and cutout are meant for z-normalised samples.
     """
 
     views: int = 2
+    order: tuple[Transform, ...] = get_args(Transform)
+    """Which transform comes after which. It moves no draw: a transform's numbers do not depend on its place."""
     p_flip: float = 0.0
-    """Mirror along the first spatial axis (left-right in RAS)."""
+    """Mirror along one of `flip_axes`, each as likely (0: left-right in RAS; 1: left-right in an image)."""
+    flip_axes: tuple[int, ...] = (0,)
+    p_affine: float = 0.0
+    """Rotation by U(-rotate, rotate) degrees about each axis, a factor U(1-zoom, 1+zoom) and a move by
+    U(-move, move) along each, in one linear resampling; edges repeated."""
+    rotate: float = 10.0
+    zoom: float = 0.1
+    move: float = 0.0
+    p_shift: float = 0.0
+    """Translate by up to `max_shift` whole voxels on each axis, edges repeated."""
+    max_shift: int = 3
     p_crop: float = 0.0
-    """Random box of `crop` of each side, resized back (trilinear)."""
+    """Random box of `crop` of each side, resized back (linear)."""
     crop: float = 0.75
+    crop_area: tuple[float, float] | None = None
+    """Images: a box of U(crop_area) of the area, its columns over its rows e^U(log crop_aspect), instead of `crop`."""
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    p_colour: float = 0.0
+    """Three-channel images of values in 0...white (data.normalise none): the four changes in a random order. Factors
+    U(1-a, 1+a) for a = brightness, contrast and saturation; a turn of U(-hue, hue) of the circle of hues."""
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    white: float = 1.0
+    """The largest value of a channel; 255 for bytes."""
+    p_grey: float = 0.0
+    """Three-channel images: each channel becomes .2989 R + .587 G + .114 B."""
+    p_bias: float = 0.0
+    """What lies above a channel's least value times exp(polynomial of degree 3 with coefficients U(-bias, bias))."""
+    bias: float = 0.5
+    p_gamma: float = 0.0
+    """Between a channel's least and greatest value, scaled to 0...1: x -> x^g, g = e^U(-gamma, gamma)."""
+    gamma: float = 0.3
     p_intensity: float = 0.5
     """x -> x * U(1-scale, 1+scale) + U(-shift, shift)."""
     scale: float = 0.2
     shift: float = 0.2
     p_blur: float = 0.5
-    """Gaussian blur, standard deviation U(.1, blur) voxels."""
+    """Gaussian blur, standard deviation U(.1, blur)."""
     blur: float = 1.0
     p_noise: float = 0.5
-    """Gaussian noise, standard deviation U(0, noise)."""
+    """Gaussian noise, standard deviation U(noise_min, noise)."""
     noise: float = 0.2
+    noise_min: float = 0.0
     p_cutout: float = 0.0
     """Random box of `cutout` of each side set to 0."""
     cutout: float = 0.25
-    p_shift: float = 0.0
-    """Translate by up to `max_shift` voxels on each axis, edges repeated."""
-    max_shift: int = 3
-    p_grey: float = 0.0
-    """Three-channel images only: replace the channels by their mean."""
+
+
+_OFF = Augment(p_intensity=0.0, p_blur=0.0, p_noise=0.0)
+PRESETS: dict[str, Augment] = {
+    "all_tf": replace(
+        _OFF,
+        order=("flip", "blur", "noise", "cutout", "crop"),
+        p_flip=0.5,
+        flip_axes=(0, 1, 2),
+        p_blur=0.5,
+        p_noise=0.5,
+        noise=1.0,
+        noise_min=0.1,
+        p_cutout=0.5,
+        p_crop=0.5,
+    ),
+    "cutout": replace(_OFF, p_cutout=1.0),
+    "crop": replace(_OFF, p_crop=1.0),
+    "simclr_2d": replace(
+        _OFF,
+        order=("crop", "flip", "colour", "grey"),
+        p_crop=1.0,
+        crop_area=(0.08, 1.0),
+        p_flip=0.5,
+        flip_axes=(1,),
+        p_colour=0.8,
+        p_grey=0.2,
+    ),
+}
+"""Published sets. `all_tf`, `cutout`, `crop`: the names and numbers of the code of y-Aware contrastive learning
+(arXiv 2106.08808), for z-normalised volumes. `simclr_2d`: SimCLR on CIFAR-10 (arXiv 2002.05709, B.9: colour jitter of
+strength .5, no blur), for images of values in 0...white."""
 
 
 @dataclass(frozen=True)

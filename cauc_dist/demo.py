@@ -35,12 +35,12 @@ def demo(folder: Path, *, subjects: int, size: int, ranks: int, seed: int, say: 
         phantoms.write_cohort(folder / "cohort", n=subjects, size=size, seed=seed, progress=counter)
     stage(2, "cauc ingest: NIfTI -> Zarr store")
     with Counter("ingest") as counter:
-        say(str(ingest(folder / "cohort", folder / "store.zarr", shape=None, progress=counter)))
+        say(str(ingest(folder / "cohort", folder / "store.zarr", progress=lambda what, done, n: counter(done, n))))
     stage(3, f"cauc train: {', '.join(METHODS)}, {ranks} ranks each")
     runs = []
     for name in METHODS:
         recipe = recipes.get(name)
-        data = dataclasses.replace(recipe.data, store=folder / "store.zarr")
+        data = dataclasses.replace(recipe.data, store=str(folder / "store.zarr"))
         run = prepare(dataclasses.replace(recipe, run=folder / name, seed=seed, data=data), ranks)
         code = elastic.start(ranks, str(run))
         if code != 0:

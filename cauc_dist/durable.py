@@ -13,6 +13,21 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def replace(path: Path, data: bytes) -> None:
+    """A small file, whole or as it was: temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
 def sync_tree(folder: Path) -> None:
     """fsync of every file and folder below, and of the folder itself."""
     for path in (*folder.rglob("*"), folder):

@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
-BAD_INPUT, NON_FINITE = 2, 3  # exit codes: input a run cannot start from; a loss or gradient that is not a number
+# Exit codes: input that cannot be worked on; a loss or gradient that is not a number; done, some scans set aside.
+BAD_INPUT, NON_FINITE, SET_ASIDE = 2, 3, 4
 
 
 class BadInput(ValueError):

@@ -6,12 +6,17 @@ D embedding width. Every rank knows the metadata of the whole batch; only z trav
     exchange = AllGather(n)                       # or Ring(n)
     loss = losses.cauc(z, y, kernel, exchange=exchange)      z (V, b, D) of this rank, y (n, k) of all
 
+Where scans cannot be read, ranks hold what is left, of any numbers down to none:
+
+    sound = sound_rows(ours)                      # (b,) bool of this rank -> (n,) of the global batch
+    exchange = AllGather(int(sound.sum()), sizes=sound.view(W, -1).sum(1).tolist())
+
 A rank computes the pairs of its own rows with all rows, and holds the complete gradient of its own rows. It is
 multiplied by W because the trainer AVERAGES parameter gradients over ranks (DeepSpeed, DDP): the sum over ranks of the
 gradients through each rank's own rows is that of one process on the whole batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -30,21 +35,32 @@ def shares(n: int, world_size: int) -> list[int]:
     return [n // world_size + (rank < n % world_size) for rank in range(world_size)]
 
 
+def sound_rows(ours: Tensor) -> Tensor:
+    """(b,) bool, which of this rank's rows could be read -> (n,) of the global batch, on every rank; b is one for all.
+
+    A collective: call it on every rank, with a tensor on a device that the process group serves.
+    """
+    gathered = ours.new_empty(dist.get_world_size() * len(ours), dtype=torch.uint8)
+    _all_gather(gathered, ours.to(torch.uint8).contiguous())
+    return gathered.bool()
+
+
 class Ranks(Batch):
     """A batch of n subjects over the ranks of the default process group; what is common to both ways of exchange.
 
-    z (V, b, D) are this rank's rows. `wire`: the dtype in which z is sent, e.g. torch.float16 for half the bytes; the
-    loss is then exactly that of the rounded z, on every rank alike, and its gradient is handed to z unchanged (of
-    `decoupled_uniformity` without kernel, what is sent and rounded are the centroids).
+    z (V, b, D) are this rank's rows, `sizes` how many each rank holds. `wire`: the dtype in which z is sent, e.g.
+    torch.float16 for half the bytes; the loss is then exactly that of the rounded z, on every rank alike, and its
+    gradient is handed to z unchanged (of `decoupled_uniformity` without kernel, what is sent and rounded are the
+    centroids).
     """
 
-    def __init__(self, z: Tensor, n: int, wire: torch.dtype | None = None) -> None:
-        self.world_size, self.rank, self.n = dist.get_world_size(), dist.get_rank(), n
-        self.sizes = shares(n, self.world_size)
+    def __init__(self, z: Tensor, sizes: Sequence[int], wire: torch.dtype | None = None) -> None:
+        self.world_size, self.rank, self.n = dist.get_world_size(), dist.get_rank(), sum(sizes)
+        self.sizes = list(sizes)
         if z.shape[1] != self.sizes[self.rank]:
             raise ValueError(
                 f"z has {z.shape[1]} subjects on rank {self.rank}; wanted {self.sizes[self.rank]}: "
-                f"{n} over {self.world_size} ranks are {self.sizes}"
+                f"{self.n} over {self.world_size} ranks are {self.sizes}"
             )
         self.start = sum(self.sizes[: self.rank])
         self.wire = wire or z.dtype
@@ -144,7 +160,7 @@ class Rotated(Ranks):
     def meet(self, act: Act) -> Tensor | None:
         act(self.start, self.z, "self")
         ours: Tensor | None = None
-        hops = self.world_size // 2
+        hops = self.world_size // 2 if max(self.sizes) < self.n else 0  # where one rank holds all, it has all pairs
         block = self._padded(self.z, 1).to(self.wire).contiguous()
         arriving = self._pass_on(block, -1, 1) if hops else None
         for k in range(1, hops + 1):
@@ -187,8 +203,12 @@ class AllGather:
 
     batch: type[Ranks] = AllGathered
 
-    def __init__(self, n: int, wire: torch.dtype | None = None) -> None:
-        self.n, self.wire = n, wire
+    def __init__(self, n: int, wire: torch.dtype | None = None, sizes: Sequence[int] | None = None) -> None:
+        """`sizes`: how many of the n rows each rank holds, where these are not `shares(n, W)`."""
+        if sizes is not None and (len(sizes), sum(sizes)) != (dist.get_world_size(), n):
+            found = f"sizes {list(sizes)} for {n} rows over {dist.get_world_size()} ranks"
+            raise ValueError(f"{found}; wanted one size for each rank, {n} in sum")
+        self.n, self.wire, self.sizes = n, wire, sizes
         self._alike = False
 
     def __call__(self, z: Tensor) -> Batch:
@@ -196,10 +216,11 @@ class AllGather:
 
         ValueError on every rank alike where one holds another number of rows than its share, other views or widths.
         """
+        sizes = shares(self.n, dist.get_world_size()) if self.sizes is None else self.sizes
         if not self._alike:
-            same_shapes(z, self.n)
+            same_shapes(z, sizes)
             self._alike = True
-        return self.batch(z, self.n, self.wire)
+        return self.batch(z, sizes, self.wire)
 
 
 class Ring(AllGather):
@@ -211,8 +232,8 @@ class Ring(AllGather):
 EXCHANGES = {"all_gather": AllGather, "ring": Ring}
 
 
-def same_shapes(z: Tensor, n: int) -> None:
-    """Refuse, on every rank alike, z that is not (V, its share of n, D) on each rank, V and D the same on all."""
+def same_shapes(z: Tensor, sizes: Sequence[int]) -> None:
+    """Refuse, on every rank alike, z that is not (V, its place in sizes, D) on each rank, V and D the same on all."""
     world_size = dist.get_world_size()
     facts_here = [*[*z.shape, -1, -1, -1][:3], z.ndim, z.element_size()]
     ours = torch.tensor(facts_here, dtype=torch.float64, device=z.device)
@@ -220,12 +241,12 @@ def same_shapes(z: Tensor, n: int) -> None:
     _all_gather(gathered.flatten(), ours)
     facts = [[int(x) for x in row] for row in gathered.tolist()]
     views, _, width, *_ = facts[0]
-    wanted = [[views, size, width, 3, facts[0][4]] for size in shares(n, world_size)]
+    wanted = [[views, size, width, 3, facts[0][4]] for size in sizes]
     if facts != wanted:
         found = ", ".join(str(tuple(row[: min(row[3], 3)])) for row in facts)
         raise ValueError(
             f"z has shapes {found} on ranks 0 to {world_size - 1}; wanted (V, b, D) of one V, D and dtype, with "
-            f"{n} subjects shared as b = {', '.join(map(str, shares(n, world_size)))}"
+            f"{sum(sizes)} subjects shared as b = {', '.join(map(str, sizes))}"
         )
 
 

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import math
 import operator
+import os
 import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cauc_dist import augment, config, encoders, kernels
@@ -15,11 +17,14 @@ from cauc_dist.config import RunConfig
 from cauc_dist.errors import BadInput
 from cauc_dist.objective import Objective
 from cauc_dist.provenance import provenance
+from cauc_dist.store.files import is_remote
 from cauc_dist.store.reader import Store
-from cauc_dist.stream.plan import Plan, split
+from cauc_dist.stream.plan import Plan, Rows, balanced, split
+from cauc_dist.stream.values import values
 from cauc_dist.world import World
 
 CONFIG, PROVENANCE = "config.json", "provenance.json"
+TRAIN = "train"
 
 
 def prepare(run: RunConfig, ranks: int) -> Path:
@@ -35,12 +40,12 @@ def prepare(run: RunConfig, ranks: int) -> Path:
             do=f"go on with it by `cauc resume {folder}`, or choose another with --run",
         )
     store = check(run, ranks)
-    run = dataclasses.replace(run, run=folder, data=dataclasses.replace(run.data, store=run.data.store.absolute()))
+    run = dataclasses.replace(run, run=folder, data=dataclasses.replace(run.data, store=absolute(run.data.store)))
     record = {
         **provenance(),
         "seed": run.seed,
         "ranks": ranks,
-        "store": str(store.path),
+        "store": store.where,
         "fingerprint": store.fingerprint,
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -61,17 +66,71 @@ def check(run: RunConfig, ranks: int) -> Store:
     _check_numbers(run)
     _check_devices(run, ranks)
     store = Store.open(run.data.store)
-    train, _ = split(store.subjects, run.data.folds, run.data.fold)
+    train, _ = parts(run, store)
     store.require(run.objective.columns, train)
     _check_kernel(run, store)
-    Plan(train, run.batch_size, run.seed).rank_batch(0, 0, ranks)
+    plan_of(run, store).rank_batch(0, 0, ranks)
+    values(store, run.data.normalise, train)
+    if run.data.stage is not None:
+        stage_folder(run)
     y = torch.from_numpy(store.metadata(run.objective.columns)[train])
     incomplete_first = y.isnan().any(1).int().argsort(descending=True, stable=True)
     Objective(run.objective, y).try_out(y[incomplete_first[: min(run.batch_size, 64)]])
     with torch.device("meta"):  # no memory, no time: only whether it fits
         encoders.build(run.encoder, store.shape)
     augment.check(run.augment, store.shape)
+    if run.augment.p_colour > 0 and run.data.normalise != "none":
+        found = f"augment.p_colour {run.augment.p_colour} with data.normalise {run.data.normalise}"
+        do = "Set --data.normalise none and --augment.white to the largest value (255 for bytes), or p_colour to 0"
+        raise BadInput(found, wanted="values from 0 to augment.white", do=do)
     return store
+
+
+def absolute(store: str) -> str:
+    """A store's folder from anywhere; a URL as it is."""
+    return store if is_remote(store) else str(Path(store).absolute())
+
+
+def parts(run: RunConfig, store: Store) -> tuple[Rows, Rows]:
+    """(train rows, held-out rows) of the run, ascending; no subject is on both sides."""
+    name = run.data.split
+    if name is None:
+        return split(store.subjects, run.data.folds, run.data.fold)
+    column, codes = store.column(name), store.metadata([name])[:, 0]
+    if TRAIN not in column.levels:
+        found = f"column {name} of {store.where} has {', '.join(column.levels[:5]) or 'numbers'}"
+        do = "Name a column of splits, or make one by `cauc store split`"
+        raise BadInput(found, wanted=f"an entry {TRAIN!r}", do=do)
+    train = codes == column.levels.index(TRAIN)
+    held = ~train & ~np.isnan(codes)
+    trained, kept = ({store.subjects[i] for i in np.flatnonzero(side)} for side in (train, held))
+    both = sorted(trained & kept)
+    if both:
+        found = f"{len(both)} subjects are on both sides of {name} ({', '.join(both[:5])})"
+        raise BadInput(found, wanted="each subject on one side", do="Make a split by subject with `cauc store split`")
+    return np.flatnonzero(train), np.flatnonzero(held)
+
+
+def plan_of(run: RunConfig, store: Store) -> Plan:
+    """The order in which the run sees its training scans."""
+    train, _ = parts(run, store)
+    subjects = [store.subjects[i] for i in train]
+    weights = None
+    if (name := run.data.weights) is not None:
+        if store.column(name).kind != "number":
+            raise BadInput(f"column {name} of texts as weights", wanted="a column of numbers", do="Name another one")
+        weights = store.metadata([name])[train, 0]
+    if run.data.balance is not None:
+        weights = balanced(weights, store.metadata([run.data.balance])[train, 0], subjects)
+    return Plan(train, subjects, run.batch_size, run.seed, weights)
+
+
+def stage_folder(run: RunConfig) -> Path:
+    """data.stage with its variables filled in; BadInput where one of them is not set."""
+    folder = os.path.expandvars(run.data.stage or "")
+    if "$" in folder:
+        raise BadInput(f"data.stage {folder}", wanted="variables that are set", do="set them, or name a folder")
+    return Path(folder)
 
 
 def _check_numbers(run: RunConfig) -> None:
@@ -162,7 +221,7 @@ def check_store(folder: Path, store: Store) -> None:
         raise BadInput(f"{path} is damaged ({error!r})", wanted="what `cauc train` wrote", do="restore it") from None
     if store.fingerprint != began:
         raise BadInput(
-            f"store {store.path} has the fingerprint {store.fingerprint[:12]}",
+            f"store {store.where} has the fingerprint {store.fingerprint[:12]}",
             wanted=f"{began[:12]}, with which {folder} began",
             do="restore that store, or start a new run",
         )

@@ -18,11 +18,11 @@ from cauc_dist import checkpoint
 from cauc_dist.checkpoint import Saved
 from cauc_dist.config import RunConfig
 from cauc_dist.errors import BadInput
-from cauc_dist.prepare import check_store, load
+from cauc_dist.prepare import check_store, load, parts
 from cauc_dist.store.layout import Column
 from cauc_dist.store.reader import Store
-from cauc_dist.stream.loader import Normalise, chunks, read_all
-from cauc_dist.stream.plan import split
+from cauc_dist.stream.loader import chunks, read_all
+from cauc_dist.stream.values import Values, values
 from cauc_dist.train import build_model, card
 from cauc_dist.world import World, cores
 
@@ -123,7 +123,7 @@ def probe(
     """
     configs = [load(run) for run in runs]
     store = _one_store(configs)
-    train, test = split(store.subjects, configs[0].data.folds, configs[0].data.fold)
+    train, test = parts(configs[0], store)
     if len(test) == 0:
         raise BadInput(
             "data.folds is 1: nobody is held out", wanted="held-out subjects", do="train with --data.folds 4"
@@ -146,10 +146,10 @@ def probe(
     score("untrained", standardise(embed(configs[0], store, rows, None), n))
     if voxels and 4 * len(rows) * int(np.prod(store.shape)) <= VOXEL_BYTES:
         say("probe: raw voxels")
-        score("raw voxels", voxel_features(store, rows, n, configs[0].data.normalise))
+        score("raw voxels", voxel_features(store, rows, n, values(store, configs[0].data.normalise, train)))
     chance = {c.name: _chance(c, y[train, k], y[test, k]) for k, c in enumerate(kinds)}
     names = tuple(c.name for c in kinds)
-    return Table(store.path.name, store.fingerprint, n, len(test), names, chance, scores, steps)
+    return Table(store.name, store.fingerprint, n, len(test), names, chance, scores, steps)
 
 
 def choose(
@@ -173,7 +173,7 @@ def choose(
             found.append(columns[name])
     if not found:
         raise BadInput(
-            f"no column of {store.path} can be probed", wanted="one that varies", do="add it and ingest again"
+            f"no column of {store.where} can be probed", wanted="one that varies", do="add it and ingest again"
         )
     return found
 
@@ -211,8 +211,8 @@ def _one_store(configs: Sequence[RunConfig]) -> Store:
     return store
 
 
-def _held_out(config: RunConfig) -> tuple[Path, int, int]:
-    return config.data.store, config.data.folds, config.data.fold
+def _held_out(config: RunConfig) -> tuple[str, str | None, int, int]:
+    return config.data.store, config.data.split, config.data.folds, config.data.fold
 
 
 def _name(config: RunConfig, configs: Sequence[RunConfig]) -> str:
@@ -244,23 +244,24 @@ def embed(config: RunConfig, store: Store, rows: NDArray[np.int64], saved: Saved
     if saved is not None:
         checkpoint.load_module(model, saved.tensors)
     encoder = model.encoder.to(device).eval()
-    parts = chunks(store, rows, chunk, normalise=config.data.normalise)
-    h: list[Tensor] = [encoder(x.to(device)).cpu() for x in parts]
+    train, _ = parts(config, store)
+    volumes = chunks(store, rows, chunk, values(store, config.data.normalise, train))
+    h: list[Tensor] = [encoder(x.to(device)).cpu() for x in volumes]
     return torch.cat(h).double().numpy()
 
 
-def voxel_features(store: Store, rows: NDArray[np.int64], n_train: int, normalise: Normalise) -> Array:
+def voxel_features(store: Store, rows: NDArray[np.int64], n_train: int, values: Values) -> Array:
     """All voxels, rotated onto the principal axes of the training scans: (len(rows), <= n_train) float64.
 
     A rotation keeps every inner product among training scans, so that ridge on these equals ridge on the voxels
     (in units of their overall standard deviation, so that the usual range of penalties fits).
     """
-    x = read_all(store, rows, normalise).flatten(1)
+    x = read_all(store, rows, values).flatten(1)
     x -= x[:n_train].mean(0)
     gram = (x @ x[:n_train].T).double().numpy()  # (all, train)
-    values, axes = np.linalg.eigh(gram[:n_train])
-    keep = values > values[-1] * 1e-9
-    scores = gram @ axes[:, keep] / np.sqrt(values[keep])
+    sizes, axes = np.linalg.eigh(gram[:n_train])
+    keep = sizes > sizes[-1] * 1e-9
+    scores = gram @ axes[:, keep] / np.sqrt(sizes[keep])
     return scores / scores[:n_train].std()  # type: ignore[no-any-return]
 
 

@@ -77,7 +77,8 @@ class Counter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._terminal:
+            self._bar.stop()
 
     def __call__(self, done: int, total: int) -> None:
         if self._terminal:

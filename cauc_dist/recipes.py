@@ -8,7 +8,6 @@ of weight t collapses (docs/log.md, 2026-11-24). It was chosen on the synthetic 
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 from cauc_dist.config import Augment, Data, Encoder, Objective, Objectives, Optim, RunConfig
 from cauc_dist.errors import BadInput, nearest
@@ -27,7 +26,7 @@ def _demo() -> RunConfig:
         name="demo",
         epochs=20,
         batch_size=32,
-        data=Data(store=Path("demo/store.zarr")),
+        data=Data(store="demo/store.zarr"),
         augment=Augment(p_flip=0.5, p_intensity=0.8, p_blur=0.3, p_noise=0.8, p_shift=0.8, scale=0.4, shift=0.3),
         encoder=Encoder(name="cnn3d", width=16),
         objective=Objective(kernel=("age:gaussian:5",), lambda_align=1.5),
@@ -58,7 +57,7 @@ def _hippocampus() -> RunConfig:
         name="hippocampus",
         epochs=60,
         batch_size=32,
-        data=Data(store=Path("stores/hippocampus.zarr")),
+        data=Data(store="stores/hippocampus.zarr"),
         augment=Augment(p_intensity=0.8, p_blur=0.5, p_noise=0.5, p_shift=0.5, scale=0.3, shift=0.3, max_shift=2),
         encoder=Encoder(name="cnn3d", width=16),
         objective=Objective(kernel=("anterior_mm3:gaussian:150", "posterior_mm3:gaussian:150"), lambda_align=1.5),
@@ -93,7 +92,7 @@ def _ixi50() -> RunConfig:
         name="ixi50",
         epochs=20,
         batch_size=20,
-        data=Data(store=Path("stores/ixi50.zarr"), folds=5),
+        data=Data(store="stores/ixi50.zarr", folds=5),
         augment=Augment(p_flip=0.5, p_intensity=0.8, p_blur=0.5, p_noise=0.5, p_shift=0.8, scale=0.3, shift=0.3),
         encoder=Encoder(name="cnn3d", width=8),
         objective=Objective(kernel=("age:gaussian:5",), lambda_align=1.5),

@@ -5,6 +5,7 @@ V views, b subjects a rank, W ranks, n = b*W subjects in the global batch, D emb
 
 import dataclasses
 import fcntl
+import hashlib
 import os
 import signal
 import sys
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cauc_dist import checkpoint, encoders
@@ -23,16 +26,17 @@ from cauc_dist.augment import views
 from cauc_dist.config import RunConfig
 from cauc_dist.engine import Engine, learning_rate
 from cauc_dist.errors import BAD_INPUT, NON_FINITE, BadInput
-from cauc_dist.gather import EXCHANGES
+from cauc_dist.gather import EXCHANGES, sound_rows
 from cauc_dist.journal import Journal
 from cauc_dist.losses.batch import Exchange
 from cauc_dist.losses.batch import NonFinite as NonFiniteEmbeddings
 from cauc_dist.objective import Objective
-from cauc_dist.prepare import check_store, load
+from cauc_dist.prepare import check_store, load, plan_of, stage_folder
 from cauc_dist.progress import Progress
 from cauc_dist.store.reader import Store
+from cauc_dist.store.stage import stage
 from cauc_dist.stream.loader import Batch, Loader
-from cauc_dist.stream.plan import Plan, split
+from cauc_dist.stream.plan import Plan
 from cauc_dist.world import World
 
 
@@ -51,15 +55,18 @@ class Step:
     """(n,) names of the scans, in global order."""
     y: Tensor
     """(n, k) their metadata."""
+    keys: NDArray[np.uint64]
+    """(b,) addresses of this rank's scans for random draws."""
 
 
 def train_step(
     engine: Engine, objective: Objective, exchange: Exchange, batch: Batch, step: Step, run: RunConfig
 ) -> dict[str, float]:
     """One update; returns the terms of the loss on the GLOBAL batch, the same numbers on every rank."""
-    x = batch.volumes.to(engine.device, non_blocking=True)  # (b, c, X, Y, Z)
-    x = views(x, batch.rows.tolist(), seed=run.seed, epoch=step.epoch, augment=run.augment)  # (V*b, c, X, Y, Z)
+    x = views(batch.volumes, step.keys, seed=run.seed, epoch=step.epoch, augment=run.augment)  # (V*b, c, X, Y, Z)
     z = engine(x).view(run.augment.views, len(batch.rows), -1)  # (V, b, D)
+    if not batch.sound.all():
+        z = z[:, torch.from_numpy(batch.sound)]
     # Every rank holds the same number, so every rank stops at the same step, before any parameter is touched.
     try:
         loss = objective.loss(z, step.y, exchange)
@@ -86,14 +93,13 @@ def train(run: RunConfig, world: World) -> None:
     """Train, or go on from the newest sound checkpoint of the run folder. Call it on every rank, in a process group."""
     if world.rank == 0:
         own(run.folder)
-    store = Store.open(run.data.store)
+    store = open_store(run, quiet=world.rank != 0)
     check_store(run.folder, store)
-    rows, _ = split(store.subjects, run.data.folds, run.data.fold)
-    plan = Plan(rows, run.batch_size, run.seed)
+    plan = plan_of(run, store)
     y = torch.from_numpy(store.metadata(run.objective.columns))  # (N, k) float64: every rank knows all of it
-    objective = Objective(run.objective, y[torch.from_numpy(rows)])
+    objective = Objective(run.objective, y[torch.from_numpy(plan.rows)])
     engine, start, complaints = open_engine(run, world, store)
-    exchange = open_exchange(run)
+    exchange, skips = open_exchange(run, run.batch_size), 0
     total = run.epochs * plan.steps_per_epoch
     facts = derived(run, world, plan, store, engine, start)
     reads = Loader(
@@ -106,6 +112,8 @@ def train(run: RunConfig, world: World) -> None:
         normalise=run.data.normalise,
         threads=run.data.threads,
         prefetch=run.data.prefetch,
+        on_damage=run.data.on_damage,
+        device=engine.device,
     )
     quiet = world.rank != 0
     with (
@@ -120,16 +128,26 @@ def train(run: RunConfig, world: World) -> None:
         progress.start(facts)
         began = time.perf_counter()
         for batch in batches:
-            scans = plan.batch(batch.step)
+            scans, meet = plan.batch(batch.step), exchange
+            if run.data.on_damage == "skip":
+                sound = everyones(batch, engine)
+                if not sound.all():
+                    skipped = [store.ids[i] for i in scans[~sound]]
+                    skips += len(skipped)
+                    journal.write("skip", step=batch.step, scans=skipped, skipped=skips)
+                    progress.say(f"step {batch.step}: {', '.join(skipped)} damaged, skipped")
+                    meet = open_exchange(run, int(sound.sum()), sound.reshape(world.world_size, -1).sum(1).tolist())
+                    scans = scans[sound]
             step = Step(
                 number=batch.step,
                 epoch=plan.epoch(batch.step),
                 lr=learning_rate(run.optim, batch.step, plan.steps_per_epoch, run.epochs),
                 ids=tuple(store.ids[i] for i in scans),
                 y=y[torch.from_numpy(scans)].to(engine.device),
+                keys=store.keys[batch.rows],
             )
             try:
-                record = train_step(engine, objective, exchange, batch, step, run)
+                record = train_step(engine, objective, meet, batch, step, run)
             except NonFinite as error:
                 journal.write("non_finite", step=step.number, message=str(error))
                 raise
@@ -172,10 +190,33 @@ def open_engine(run: RunConfig, world: World, store: Store) -> tuple[Engine, int
     return engine, start, complaints
 
 
-def open_exchange(run: RunConfig) -> Exchange:
-    """How embeddings of the global batch meet, as the run says."""
+def open_store(run: RunConfig, *, quiet: bool) -> Store:
+    """The run's store, or its copy on this node's disk; the first rank there makes it, the others wait."""
+    if run.data.stage is None:
+        return Store.open(run.data.store)
+    return Store.open(stage(run.data.store, stage_folder(run), say=_nothing if quiet else print))
+
+
+def _nothing(line: str) -> None:
+    pass
+
+
+def open_exchange(run: RunConfig, n: int, sizes: Sequence[int] | None = None) -> Exchange:
+    """How the embeddings of n subjects meet, as the run says; `sizes`: of each rank, where scans were skipped."""
     wire = torch.float16 if run.engine.wire == "fp16" else None
-    return EXCHANGES[run.engine.exchange](run.batch_size, wire)
+    return EXCHANGES[run.engine.exchange](n, wire, sizes)
+
+
+def everyones(batch: Batch, engine: Engine) -> NDArray[np.bool_]:
+    """(n,) which scans of the global batch could be read: one byte a scan from every rank."""
+    sound = sound_rows(torch.from_numpy(batch.sound).to(engine.device)).cpu().numpy()
+    if sound.sum() < 2:
+        raise BadInput(
+            f"{len(sound) - sound.sum()} of the {len(sound)} scans of step {batch.step} are damaged",
+            wanted="two sound ones at least",
+            do="run `cauc store verify`, and restore the store",
+        )
+    return sound
 
 
 def build_model(run: RunConfig, shape: tuple[int, ...]) -> encoders.Model:
@@ -189,8 +230,10 @@ def build_model(run: RunConfig, shape: tuple[int, ...]) -> encoders.Model:
 def card(run: RunConfig, store: Store) -> dict[str, Any]:
     """What a checkpoint belongs to: the network of its tensors, and the plan that its step counts in."""
     network = {"encoder": dataclasses.asdict(run.encoder), "projector": dataclasses.asdict(run.projector)}
-    plan = {"seed": run.seed, "batch_size": run.batch_size, "folds": run.data.folds, "fold": run.data.fold}
-    return {"architecture": {**network, "shape": list(store.shape)}, "plan": {**plan, "data": store.fingerprint}}
+    plan = plan_of(run, store)
+    y = hashlib.sha256(store.metadata(run.objective.columns)[plan.rows].tobytes()).hexdigest()
+    order = {"order": plan.fingerprint, "metadata": y, "data": store.fingerprint}
+    return {"architecture": {**network, "shape": list(store.shape)}, "plan": order}
 
 
 def derived(run: RunConfig, world: World, plan: Plan, store: Store, engine: Engine, start: int) -> dict[str, Any]:

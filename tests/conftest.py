@@ -25,5 +25,5 @@ def store(cohort: Path) -> Path:
     from cauc_dist.store.ingest import ingest
 
     path = cohort.parent / "store.zarr"
-    ingest(cohort, path, shape=None)
+    ingest(cohort, path)
     return path

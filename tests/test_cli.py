@@ -1,6 +1,7 @@
 """The command line, as a user types it: what it answers, with which code, and that bad input leaves nothing behind."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from cauc_dist.cli import COMMANDS, main
+from cauc_dist.cli import COMMANDS, STORE, main
+from cauc_dist.store.reader import Store
 
 SMALL = [
     "--epochs",
@@ -45,12 +47,23 @@ def test_help_names_every_command_and_recipe_and_imports_no_torch() -> None:
     assert all(name in done.stdout for name in [*COMMANDS, *recipes()])
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS))
+@pytest.mark.parametrize("command", [*sorted(COMMANDS.keys() - {"store"}), *(f"store {name}" for name in STORE)])
 def test_every_command_explains_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert end.value.code == 0
     assert f"usage: cauc {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_store_lists_its_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["store", *arguments]) == 0
+    assert all(name in capsys.readouterr().out for name in ["usage: cauc store"])
+
+
+def test_an_unknown_store_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["store", "verfy"]) == 2
+    assert "no command 'store verfy'; wanted a command. Did you mean verify?" in capsys.readouterr().err
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,16 +104,10 @@ def other_shape(folder: Path) -> None:
 
 INGEST = {
     "no participants.tsv": (lambda folder: (folder / "participants.tsv").unlink(), "participants.tsv"),
-    "a participant without scan": (without_scan, "sub-0003"),
-    "a scan without participant": (
-        edited("participants.tsv", lambda text: "\n".join(r for r in text.splitlines() if "sub-0003" not in r)),
-        "sub-0003",
-    ),
     "a text in a number column": (
         edited("participants.tsv", lambda text: text.replace(text.splitlines()[4].split("\t")[1], "old")),
         "old",
     ),
-    "an unreadable NIfTI": (truncated, "sub-0003"),
     "a scan of another shape": (other_shape, "shapes"),
 }
 
@@ -121,6 +128,30 @@ def test_ingest_refuses_bad_input_with_code_2_and_leaves_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bids"]
 
 
+ASIDE = {
+    "a participant without scan": (without_scan, "no "),
+    "a scan without participant": (
+        edited("participants.tsv", lambda text: "\n".join(r for r in text.splitlines() if "sub-0003" not in r)),
+        "no row",
+    ),
+    "an unreadable NIfTI": (truncated, "unreadable"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(ASIDE))
+def test_ingest_keeps_the_rest_and_says_by_code_4_that_scans_were_set_aside(
+    case: str, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, reason = ASIDE[case]
+    shutil.copytree(cohort, tmp_path / "bids")
+    spoil(tmp_path / "bids")
+    assert main(["ingest", str(tmp_path / "bids"), str(tmp_path / "store.zarr")]) == 4
+    said = capsys.readouterr().out
+    assert "23 scans of 16x16x16" in said
+    assert re.search(f"set aside: sub-0003: .*{reason}", said)
+    assert "sub-0003" not in Store.open(tmp_path / "store.zarr").ids
+
+
 def test_ingest_of_no_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ingest", str(tmp_path / "none"), str(tmp_path / "store.zarr")]) == 2
     assert str(tmp_path / "none") in capsys.readouterr().err
@@ -137,13 +168,104 @@ def test_ingest_prints_a_summary_and_refuses_a_taken_store(
     assert "store.zarr" in capsys.readouterr().err
 
 
+def test_a_dry_run_says_what_would_be_and_writes_nothing(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ingest", str(cohort), str(tmp_path / "store.zarr"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "24 scans of 24 subjects" in said
+    assert "packed f16, codec none, 16x16x16 each, in 1 shards" in said
+    assert "age (number), sex (category), site (category)" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tasks_of_an_array_make_one_store_and_the_last_one_says_so(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["ingest", str(cohort), str(tmp_path / "store.zarr"), "--layout", "dense", "--task"]
+    assert main([*command, "1/2"]) == 0
+    assert "task 1/2 has done its share" in capsys.readouterr().out
+    assert not (tmp_path / "store.zarr").exists()
+    assert main([*command, "0/2"]) == 0
+    assert "24 scans of 16x16x16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("task", "message"), [("2/2", "task 2/2; wanted 0/n to n-1/n"), ("1", "--task 1; wanted I/N")])
+def test_a_task_that_is_none_is_refused(
+    task: str, message: str, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ingest", str(cohort), str(tmp_path / "store.zarr"), "--task", task]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cohort_in_two_parts_is_one_store_with_a_split_that_a_run_trains_on(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, first = str(tmp_path / "store.zarr"), tmp_path / "first"
+    shutil.copytree(cohort, first)
+    shutil.rmtree(first / "sub-0003")
+    assert main(["ingest", str(first), store, "--layout", "dense"]) == 4
+    assert main(["store", "append", str(cohort), store]) == 4  # 23 are there already
+    assert len(Store.open(store)) == 24
+    assert main(["store", "split", store, "--parts", "train=.75", "test=.25", "--by", "sex", "age"]) == 0
+    said = capsys.readouterr().out
+    assert "train: 18 subjects, 18 scans" in said
+    assert "test: 6 subjects, 6 scans" in said
+    run = ["train", "demo_cauc", "--data.store", store, "--data.split", "split", "--data.balance", "site"]
+    run += ["--batch-size", "8", "--epochs", "3", "--run", str(tmp_path / "run"), "--no-start", "--preset", "cutout"]
+    assert main(run) == 0
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (written["augment"]["p_cutout"], written["augment"]["p_blur"]) == (1.0, 0.0)
+    assert main(["store", "split", store]) == 2
+    assert "has a column split; wanted a new one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parts", "train"], "--parts train; wanted PART=SHARE"),
+        (["--parts", "train=.5", "test=.2"], "wanted numbers of 0 or more that add up to 1"),
+        (["--by", "agee"], "no column 'agee'"),
+    ],
+)
+def test_a_split_that_is_none_is_refused(
+    arguments: list[str], message: str, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["store", "split", str(store), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_preview_shows_the_views_of_a_recipe_and_a_preset(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheets = []
+    for name, chosen in (("a", ["--recipe", "demo_cauc"]), ("b", ["--preset", "cutout", "--augment.cutout", ".5"])):
+        out = tmp_path / f"{name}.png"
+        assert main(["augment-preview", str(store), *chosen, "--scans", "2", "--out", str(out)]) == 0
+        assert f"wrote {out}" in capsys.readouterr().out
+        sheets.append(out.read_bytes())
+    assert all(sheet.startswith(b"\x89PNG") for sheet in sheets)
+    assert sheets[0] != sheets[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["--preset", "cutot"], "no preset 'cutot'"), (["--scans", "0"], "--scans 0")]
+)
+def test_a_preview_of_nothing_is_refused(
+    arguments: list[str], message: str, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["augment-preview", str(store), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
 TRAIN = {
     "no store": (["--data.store", "none.zarr"], "no store at none.zarr"),
     "a batch that does not divide": (
         ["--batch-size", "7", "--ranks", "2"],
         "batch_size 7 does not divide over 2 ranks",
     ),
-    "a batch larger than the training part": (["--batch-size", "20"], "batch_size 20 for 18 training scans"),
+    "a batch larger than the training part": (["--batch-size", "20"], "batch_size 20 for 18 training subjects"),
     "an unknown column": (["--objective.kernel", "ag:gaussian:5"], "no column 'ag'"),
     "a kernel that is no kernel": (["--objective.kernel", "age:gausian:5"], "gausian"),
     "no kernel": (["--objective.kernel"], "objective cauc without a kernel"),
@@ -154,6 +276,10 @@ TRAIN = {
         "kernel sex:gaussian:1 on sex",
     ),
     "no checkpoint kept": (["--checkpoint.keep", "0"], "checkpoint.keep 0"),
+    "no such split": (["--data.split", "sex"], "column sex of"),
+    "weights that are not there": (["--data.weights", "nothing"], "no column 'nothing'"),
+    "weights of texts": (["--data.weights", "sex"], "column sex of texts as weights"),
+    "a stage that is not set": (["--data.stage", "$NOT_SET_HERE"], "data.stage $NOT_SET_HERE"),
     "no reader thread": (["--data.threads", "0"], "data.threads 0"),
     "a batch of one": (["--batch-size", "1"], "batch_size 1"),
     "a warm-up that does not end": (["--optim.warmup-epochs", "3"], "optim.warmup_epochs 3.0 of 1 epochs"),

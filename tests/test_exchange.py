@@ -233,6 +233,33 @@ def test_fp16_halves_the_bytes_of_the_rows_and_of_nothing_else(exchange: str) ->
                 assert dtype == (torch.float16 if size >= VIEWS * 20 * 33 else torch.float64)
 
 
+def sound_and_uneven() -> tuple[list[bool], list[tuple[str, torch.dtype, int]], dict[str, list[int]]]:
+    """(which rows are sound, what it sent to learn that, numbers sent where rank 0 holds every row, by exchange)."""
+    import torch.distributed as dist
+
+    from cauc_dist import gather, losses
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with counted() as sent:
+        sound = gather.sound_rows(torch.arange(5) % (rank + 2) > 0)
+    sizes, by_exchange = [4] + [0] * (world - 1), {}
+    z = oracles.unit(VIEWS, sizes[rank], D).double()
+    for name, exchange in gather.EXCHANGES.items():
+        with counted() as numbers:
+            losses.align_uniform(z, exchange=exchange(4, sizes=sizes))
+        by_exchange[name] = [size for _, _, size in numbers]
+    return sound.tolist(), sent, by_exchange
+
+
+def test_which_rows_are_sound_is_one_byte_a_row_and_a_ring_of_one_holder_sends_no_rows() -> None:
+    wanted = [digit == "1" for digit in "010100110101110"]
+    for sound, sent, by_exchange in run_ranks(3, sound_and_uneven):
+        assert sound == wanted
+        assert sent == [("all_gather", torch.uint8, 5)]
+        shapes, sums = 5, 1 + 1 + 3
+        assert by_exchange == {"all_gather": [shapes, VIEWS * 4 * D, sums], "ring": [shapes, sums]}
+
+
 # ---- memory -----------------------------------------------------------------------------------------------------
 
 

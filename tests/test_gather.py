@@ -105,6 +105,92 @@ def test_a_rank_without_a_single_subject_takes_part(exchange: str) -> None:
                 torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=name)
 
 
+def without_damaged(names: list[str], exchange: str, sound: list[bool], rows: int) -> dict[str, Any]:
+    """As on_this_rank, with the rows that are not sound left out; equal slices of the batch before that."""
+    import torch.distributed as dist
+
+    from cauc_dist import gather
+    from cauc_dist.losses import similar, tiled
+
+    tiled.ROWS["cpu"] = rows
+    similar.SMALL = 0 if rows < 100 else 512
+    rank, world, n = dist.get_rank(), dist.get_world_size(), len(sound)
+    own = slice(rank * n // world, (rank + 1) * n // world)
+    whole = gather.sound_rows(torch.tensor(sound)[own])
+    assert whole.tolist() == sound
+    e = gather.EXCHANGES[exchange](sum(sound), sizes=whole.view(world, -1).sum(1).tolist())
+    found = {}
+    for name in names:
+        model, x, y = problem(n)
+        z = nn.functional.normalize(model(x[:, own][:, whole[own]]), dim=-1)
+        loss = losses_by_name()[name](z, y[whole], e)
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        for g in grads:
+            dist.all_reduce(g)
+        found[name] = (loss.item(), [g / world for g in grads])
+    return found
+
+
+# Of four scans a rank: which could be read, a word a rank.
+DAMAGED = [
+    "1011",
+    "0111 1101",
+    "1111 0000",
+    "0000 1111 0110",
+    "1111 0111 0001",
+    "1101 0000 1111 1000",
+    "0000 1111 0000",
+    "0 1 1 0 1 1 1",
+]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
+@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
+@pytest.mark.parametrize("rows", [512, 4], ids=["one tile", "small tiles"])
+def test_ranks_that_left_out_damaged_scans_equal_one_process_on_the_others(
+    damaged: str, exchange: str, rows: int
+) -> None:
+    from cauc_dist.losses.batch import Batch
+
+    names, sound = list(losses_by_name()), [digit == "1" for digit in damaged.replace(" ", "")]
+    if sum(sound) < 4:  # too few for some
+        names = [name for name in names if name not in ("threshold", "expw", "rank_n_contrast")]
+    model, x, y = problem(len(sound))
+    z, kept = nn.functional.normalize(model(x[:, sound]), dim=-1), y[sound]
+    wanted = {}
+    for name in names:
+        loss = losses_by_name()[name](z, kept, Batch)
+        wanted[name] = (loss.item(), torch.autograd.grad(loss, list(model.parameters()), retain_graph=True))
+    for found in run_ranks(len(damaged.split()), without_damaged, names, exchange, sound, rows):
+        for name in names:
+            assert found[name][0] == pytest.approx(wanted[name][0], rel=1e-12, abs=1e-12), name
+            for ours, theirs in zip(found[name][1], wanted[name][1], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def wrong_sizes(sizes: list[int], held: list[int]) -> str:
+    import torch.distributed as dist
+
+    from cauc_dist import losses
+    from cauc_dist.gather import AllGather
+
+    z = torch.nn.functional.normalize(torch.randn(VIEWS, held[dist.get_rank()], D), dim=-1)
+    try:
+        losses.align_uniform(z, exchange=AllGather(4, sizes=sizes))
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_sizes_that_are_not_those_of_the_ranks_are_refused_on_every_rank() -> None:
+    for sizes in ([4], [3, 0], [1, 1, 2]):
+        found = run_ranks(2, wrong_sizes, sizes, [3, 1])
+        assert found == [f"sizes {sizes} for 4 rows over 2 ranks; wanted one size for each rank, 4 in sum"] * 2
+    for message in run_ranks(2, wrong_sizes, [1, 3], [3, 1]):
+        assert message.startswith("z has shapes (2, 3, 6), (2, 1, 6) on ranks 0 to 1; wanted (V, b, D)")
+        assert message.endswith("with 4 subjects shared as b = 1, 3")
+
+
 def log_of_own_sum() -> tuple[float, float]:
     """Uniformity of the gathered batch, and the mean over ranks of the uniformity of each rank's own rows."""
     import torch.distributed as dist

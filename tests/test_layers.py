@@ -16,16 +16,22 @@ LAYERS = [
         "kernels",
         "augment",
         "store.layout",
+        "store.files",
+        "store.parallel",
         "stream.plan",
         "encoders",
         "journal",
         "provenance",
         "progress",
     ],
-    ["losses", "store.bids", "store.reader", "report", "elastic"],
-    ["gather", "store.ingest"],
-    ["stream.loader", "objective", "engine", "checkpoint", "phantoms"],
-    ["prepare"],
+    ["losses", "store.chunks", "store.sources", "store.workplace", "report", "elastic"],
+    ["gather", "store.shards", "store.reader"],
+    ["store.parts", "store.rows", "store.stage", "stream.values"],
+    ["store.planned", "stream.loader"],
+    ["store.job"],
+    ["store.ingest"],
+    ["store.append", "store.check", "sheet", "objective", "engine", "checkpoint", "phantoms", "bench"],
+    ["prepare", "info"],
     ["train", "verify"],
     ["probe"],
     ["demo"],
@@ -36,11 +42,12 @@ LAYERS = [
 OWNERS = {
     "deepspeed": {"engine"},
     "mpi4py": {"world"},
-    "zarr": {"store.ingest", "store.reader"},
-    "numcodecs": {"store.ingest", "store.reader"},
-    "nibabel": {"store.ingest", "phantoms"},
+    "zarr": {"store.rows", "store.chunks", "store.files", "bench"},
+    "numcodecs": {"store.shards", "store.chunks"},
+    "obstore": {"store.files"},
+    "nibabel": {"store.sources", "phantoms", "bench"},
     "sklearn": {"probe"},
-    "matplotlib": {"report"},
+    "matplotlib": {"report", "sheet"},
     "tyro": {"cli"},
     "rich": {"progress"},
     "safetensors": {"checkpoint"},
@@ -63,9 +70,10 @@ NO_TORCH = {
 def name_of(path: Path) -> str:
     """`store.reader`, `losses` (a package is one module unless LAYERS names its parts), `cli`."""
     parts = path.relative_to(ROOT).with_suffix("").parts
-    full = ".".join(p for p in parts if p != "__init__") or "__init__"
+    words = [p for p in parts if p != "__init__"] or ["__init__"]
     known = {m for row in LAYERS for m in row}
-    return full if full in known else parts[0]
+    prefixes = (".".join(words[:i]) for i in range(len(words), 0, -1))
+    return next((name for name in prefixes if name in known), words[0])
 
 
 def imports(path: Path) -> Iterator[tuple[str, str, bool]]:

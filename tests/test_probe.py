@@ -16,6 +16,7 @@ from cauc_dist.probe import Score, Table
 from cauc_dist.store.layout import Column
 from cauc_dist.store.reader import Store
 from cauc_dist.stream.plan import split
+from cauc_dist.stream.values import values
 
 AGE, SEX = Column("age", "number"), Column("sex", "category", ("F", "M"))
 RNG = np.random.default_rng(0)
@@ -31,7 +32,7 @@ def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         epochs=2,
         optim=dataclasses.replace(recipe.optim, lr=1e-2),
         batch_size=6,
-        data=dataclasses.replace(recipe.data, store=store),
+        data=dataclasses.replace(recipe.data, store=str(store)),
         encoder=Encoder(width=2),
         projector=Projector(8, 4),
     )
@@ -150,9 +151,9 @@ def test_a_table_comes_back_from_json() -> None:
 def test_ridge_on_voxel_features_is_ridge_on_voxels(store: Path) -> None:
     opened = Store.open(store)
     rows = np.arange(24)
-    x = np.stack([opened.stored(i).astype("f8").ravel() * opened.affine(i)[0] for i in rows])
+    x = np.stack([opened.volume(i).ravel() for i in rows])
     y = opened.metadata(["age"])[:, 0]
-    features = probe.voxel_features(opened, rows, 18, "none")
+    features = probe.voxel_features(opened, rows, 18, values(opened, "none"))
     unit = np.linalg.norm(x[0] - x[:18].mean(0)) / np.linalg.norm(features[0])
     by_hand = Ridge(100.0 * unit**2).fit(x[:18], y[:18]).predict(x[18:])
     ours = Ridge(100.0).fit(features[:18], y[:18]).predict(features[18:])

@@ -29,7 +29,7 @@ def config(store: Path, run: Path, **changes: object) -> RunConfig:
         run=run,
         epochs=2,
         batch_size=6,
-        data=Data(store=store),
+        data=Data(store=str(store)),
         augment=Augment(p_flip=0.5, p_crop=0.5, p_cutout=0.5, p_shift=0.5, max_shift=2),
         encoder=Encoder(width=2),
         projector=Projector(16, 8),
@@ -82,13 +82,13 @@ def test_the_loss_is_the_objective_of_views_that_the_test_makes_itself(one: Path
 
     run = config(store, one)
     opened = Store.open(store)
-    rows = Plan(split(opened.subjects, 4, 0)[0], run.batch_size, run.seed).batch(0)
+    train, _ = split(opened.subjects, 4, 0)
+    rows = Plan(train, [opened.subjects[i] for i in train], run.batch_size, run.seed).batch(0)
     volumes = []
     for row in rows.tolist():
-        scale, offset = opened.affine(row)
-        value = torch.from_numpy(opened.stored(row)).double() * scale + offset
+        value = torch.from_numpy(opened.volume(row))
         volumes.append((value - value.mean()) / value.std(correction=0))
-    x = views(torch.stack(volumes).float(), rows.tolist(), seed=0, epoch=0, augment=run.augment)
+    x = views(torch.stack(volumes).float(), opened.keys[rows], seed=0, epoch=0, augment=run.augment)
     with torch.no_grad():
         z = build_model(run, opened.shape)(x).view(2, len(rows), -1)
     y = torch.from_numpy(opened.metadata(["age", "sex"])[rows])
@@ -202,8 +202,11 @@ def test_a_loss_that_is_not_finite_ends_with_code_3_and_names_the_step(
     assert any(e["event"] == "non_finite" for e in journal.read(run))
 
 
+KEYS = np.arange(3, dtype=np.uint64)
+
+
 def test_the_message_of_a_non_finite_loss_names_the_subjects_of_those_rows() -> None:
-    step = Step(number=7, epoch=0, lr=0.1, ids=("f", "b", "d"), y=torch.zeros(3, 1))
+    step = Step(number=7, epoch=0, lr=0.1, ids=("f", "b", "d"), y=torch.zeros(3, 1), keys=KEYS)
     assert "all embeddings are finite, the loss is not" in non_finite(step, [])
     assert non_finite(step, [0, 2]).startswith("the loss at step 7 is not finite: embeddings of f, d are not finite")
     assert "not one embedding is" in non_finite(step, [0, 1, 2])
@@ -330,8 +333,8 @@ def test_a_gradient_that_is_not_finite_is_told_from_a_loss_that_is_not(store: Pa
 
     run = config(store, Path("x"), objective=Objective(kernel=("age:gaussian:5",)))
     y = torch.tensor([[20.0], [60.0]])
-    step = Step(number=7, epoch=0, lr=0.1, ids=("a", "b"), y=y)
-    batch = Batch(7, np.arange(2), torch.zeros(2, 1, 16, 16, 16), 0.0)
+    step = Step(number=7, epoch=0, lr=0.1, ids=("a", "b"), y=y, keys=KEYS[:2])
+    batch = Batch(7, np.arange(2), torch.zeros(2, 1, 16, 16, 16), np.ones(2, bool), (), 0.0)
     with (
         World().process_group(torch.device("cpu")),
         pytest.raises(NonFinite, match=r"at step 7 the loss is finite and the gradient's norm is nan"),

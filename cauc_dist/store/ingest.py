@@ -1,53 +1,40 @@
-"""From a BIDS folder to a store, whole or not at all.
+"""From a source of scans to a store: a plan, parts that any process may do, one commit. Whole or not at all.
 
-The way: table -> pairs of scan and row -> columns -> headers -> one window for all -> shards in parallel ->
-metadata -> commit. All that can be refused from names, tables and headers is refused before the first byte is
-written. Work happens in a hidden sibling folder that becomes the store by one rename at the very end.
+The way: cohort -> headers -> one window for all -> (survey: the voxels that any scan has) -> shards -> rows -> commit.
+Work lies in a hidden sibling folder, `.NAME.partial`: plan.json, survey/ and records/ (a file for each part that is
+done: the journal), store/, which becomes the store by one rename. Killed or interrupted, an ingest goes on where it was
+when the same command is given again, and ends with the same bytes.
 
-Threads, not processes: inflating, hashing, statistics and blosc all release the GIL. On 2 cores, 50 heads of
-80x96x80: 57 scans/s serial, 103 with 2 threads, 64 with 2 processes (start-up included); and no orphan can go
-on writing after a kill.
-
-Shapes: a scan is (X, Y, Z) float64 while it is read; a shard's block is (scans, 1, X, Y, Z) as stored.
+Shapes: a scan is (c, *spatial), N rows.
 """
 
 import contextlib
-import fcntl
-import functools
-import gzip
 import hashlib
 import json
 import math
-import os
 import shutil
+import tempfile
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import nibabel as nib
 import numpy as np
-import zarr
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, Crc32cCodec
 
 from cauc_dist import __version__
-from cauc_dist.durable import sync, sync_tree
 from cauc_dist.errors import BadInput
-from cauc_dist.store import layout
-from cauc_dist.store.bids import NAMED, Refused, Scan, find, pair, read_columns, read_table, some
-from cauc_dist.store.layout import Column, DType
+from cauc_dist.store import layout, rows, sources
+from cauc_dist.store.job import Ended, Job, Progress, ended, workers_for
+from cauc_dist.store.layout import Codec, Column, DType, Layout
+from cauc_dist.store.parts import Shard, Survey, write_shard
+from cauc_dist.store.planned import Plan, Settings, by, default_codec, make_plan, refuse_settings, sample
+from cauc_dist.store.shards import Form, shard_path
+from cauc_dist.store.sources import NAMED, Cohort, Item, Refused, Unusable
+from cauc_dist.store.workplace import Workplace, disk_full
 
-Shape = tuple[int, int, int]
-Volume = NDArray[np.float64]
-T = TypeVar("T")
-
-UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
+TIMED = 4  # scans that tell how long one takes
 
 
 @dataclass(frozen=True)
@@ -62,6 +49,14 @@ class Error:
     worst: str | None
     """The scan with the lowest PSNR."""
 
+    @staticmethod
+    def of(ids: Sequence[str], errors: NDArray[np.float64]) -> "Error":
+        """`errors` (N, 3): max_abs, max_of_range, psnr_db of each scan."""
+        low = int(errors[:, 2].argmin())
+        exact = math.isinf(errors[low, 2])
+        worst = (None, None) if exact else (float(errors[low, 2]), ids[low])
+        return Error(float(errors[:, 0].max()), float(errors[:, 1].max()), *worst)
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -69,7 +64,11 @@ class Summary:
 
     store: Path
     n: int
-    shape: Shape
+    """Scans that can be used."""
+    shape: tuple[int, ...]
+    layout: Layout
+    coverage: float
+    """Part of the voxels that is kept: that of the mask, 1 where dense."""
     shapes: int
     """Different shapes found among the scans."""
     error: Error
@@ -77,10 +76,14 @@ class Summary:
     bytes_in: int
     bytes_out: int
     set_aside: tuple[Refused, ...]
+    counted: dict[str, dict[str, int]]
+    """Metadata that became missing: by column, by reason."""
 
     def __str__(self) -> str:
+        many = f" (from {self.shapes} shapes)" if self.shapes > 1 else ""
+        kept = f", {self.coverage:.0%} of the voxels kept, the others 0 in all" if self.layout == "packed" else ""
         lines = [
-            f"{self.n} scans of {_by(self.shape)} (from {self.shapes} shape{'s' * (self.shapes != 1)}) in {self.store}",
+            f"{self.n} scans of {_each(self.shape)}{many} in {self.store}: {self.layout}{kept}",
             f"{self.bytes_in / 1e6:.1f} MB read, {self.bytes_out / 1e6:.1f} MB written, {self.seconds:.1f} s",
         ]
         if self.error.psnr_db is None:
@@ -90,414 +93,256 @@ class Summary:
             lines.append(
                 f"error against the source: at most {share}, PSNR {self.error.psnr_db:.1f} dB ({self.error.worst})"
             )
-        lines += [f"set aside: {name}: {reason}" for name, reason in self.set_aside[:NAMED]]
-        if len(self.set_aside) > NAMED:
-            lines.append(f"set aside: {len(self.set_aside) - NAMED} more, all listed in the store's attributes")
-        return "\n".join(lines)
+        return "\n".join([*lines, *_missing(self.counted), *_aside(self.set_aside)])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an ingest would do, from names, tables, headers and a few scans; `print` it."""
+
+    source: str
+    kind: str
+    n: int
+    subjects: int
+    shape: tuple[int, ...]
+    form: str
+    shards: int
+    bytes_out: int
+    """Before compression."""
+    seconds: float
+    """From reading and encoding a few scans."""
+    workers: int
+    columns: tuple[str, ...]
+    set_aside: tuple[Refused, ...]
+    counted: dict[str, dict[str, int]]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.kind} {self.source}: {self.n} scans of {self.subjects} subjects",
+            f"would be stored as {self.form}, {_each(self.shape)} each, in {self.shards} shards",
+            f"disk: at most {self.bytes_out / 1e6:.0f} MB; time: about {self.seconds:.0f} s, workers: {self.workers}",
+            f"metadata: {', '.join(self.columns) or '(none)'}",
+        ]
+        return "\n".join([*lines, *_missing(self.counted), *_aside(self.set_aside)])
 
 
 def ingest(
     source: Path,
     store: Path,
+    settings: Settings | None = None,
     *,
-    shape: Shape | None = None,
-    pad: bool = False,
-    dtype: DType = "f16",
-    suffix: str = "T1w",
-    partial: bool = False,
+    table: Path | None = None,
+    features: Path | None = None,
+    missing: Sequence[str] = (),
+    ranges: Sequence[str] = (),
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Summary:
-    """Make `store` from the BIDS folder `source`; nothing is at `store` unless this returns.
+    task: tuple[int, int] = (0, 1),
+    wait_minutes: float = 60.0,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> Summary | None:
+    """Make `store` from `source`; nothing is at `store` unless this returns a Summary.
 
-    Reads sub-*/[ses-*/]anat/sub-*_<suffix>.nii[.gz] and participants.tsv; turns scans to RAS; never stretches:
-    `shape` takes a window of that many voxels at the centre of every scan, `pad` lets zeros fill a smaller scan.
-    `partial` keeps the pairs of scan and participant and sets the rest aside. `progress(done, scans)` is called
-    in the calling thread. Memory: workers (default: cores) times a shard (<= 128 MiB) and a few float64 volumes.
+    Scans are turned to RAS, and never stretched unless resampling is asked for (Settings). What cannot be used is set
+    aside with a reason, the rest is kept. `table`, `features`, `missing`, `ranges`: docs/sources.md.
+
+    `workers` processes (default: the cores, fewer for a small cohort). `task` (i, n): this call does every n-th part,
+    so that a job array shares the work; the last one to finish commits, the others return None. `fresh` throws away
+    what an ingest of other data or settings left behind. Memory: a few scans a worker.
     """
-    started = time.perf_counter()
-    _refuse_settings(store, shape, dtype)
-    rows = read_table(source)
-    scans, set_aside = pair(rows, find(source, suffix), suffix, keep_pairs=partial)
-    columns, values = read_columns({scan.subject: rows[scan.subject] for scan in scans})
-    headers = _headers(scans)
-    window = _window(headers, shape, pad)
-    settings = {"shape": list(window), "pad": pad, "dtype": dtype, "suffix": suffix}
-    with _building(store) as folder:
-        group = _create(folder, len(scans), (1, *window), dtype)
-        records = _write_shards(group, scans, window, dtype, workers, progress)
-        _write_rows(group, scans, records, columns, values)
-        shutil.copyfile(source / "participants.tsv", folder / "participants.tsv")
-        error = _worst(scans, records)
-        attributes = {
-            "format": layout.FORMAT,
-            "version": layout.VERSION,
-            "n": len(scans),
-            "axes": layout.AXES,
-            "orientation": "RAS",
-            "voxel_mm": np.median([h.voxel for h in headers], axis=0).tolist(),
-            "columns": [column.name for column in columns],
-            "source": _describe(source, headers),
-            "cauc_dist": __version__,
-            "settings": settings,
-            "error": asdict(error),
-            "set_aside": [list(pair) for pair in set_aside],
-        }
-        group.attrs.put(json.loads(json.dumps(attributes)))  # the commit record: a reader knows a store by it
-    return Summary(
-        store=store,
-        n=len(scans),
-        shape=window,
-        shapes=len({h.shape for h in headers}),
-        error=error,
-        seconds=time.perf_counter() - started,
-        bytes_in=sum(scan.path.stat().st_size for scan in scans),
-        bytes_out=sum(f.stat().st_size for f in store.rglob("*") if f.is_file()),
-        set_aside=tuple(set_aside),
-    )
-
-
-def _refuse_settings(store: Path, shape: Shape | None, dtype: str) -> None:
-    if dtype not in layout.STORED_AS:
-        raise BadInput(f"dtype {dtype!r}", wanted="f16 or f32", do="Name one of the two")
-    if shape is not None and (len(shape) != 3 or min(shape) < 1):
-        raise BadInput(f"shape {_by(shape)}", wanted="three positive numbers of voxels", do="Give e.g. 96 112 96")
-    _refuse_taken(store)
-
-
-def _refuse_taken(store: Path) -> None:
-    if store.exists():
-        raise BadInput(
-            f"{store} exists already", wanted="a new path", do="Name another store, or remove this one first"
+    began = time.perf_counter()
+    settings = settings or Settings()
+    refuse_settings(settings, task)
+    with Workplace.open(store, task) as place, room(store):
+        cohort = sources.open_cohort(
+            source, suffix=settings.suffix, table=table, features=features, missing=missing, ranges=ranges
         )
+        plan = Plan.of(
+            place.plan(request(settings, cohort), lambda: asdict(make_plan(cohort, settings)), fresh=fresh), cohort
+        )
+        job = Job(plan, place, place.building / "volumes", workers=workers, task=task, progress=progress)
+        form = job.form(wait_minutes)
+        job.write(form)
+        with place.finishing() as mine:
+            if not mine or not job.complete(form):
+                return None
+            ended = job.end(form)
+            metadata = [values[list(plan.at)] for values in cohort.values]
+            rows.create(place.building, form, len(plan.items), job.rows_a_shard(form))
+            rows.write(place.building, ended.rows, cohort.columns, metadata)
+            told = attributes_of(cohort, settings, plan, form, ended)
+            rows.commit(place.building, told)
+            place.publish()
+    return summary_of(store, told, plan, ended, time.perf_counter() - began)
 
 
-# ---- the headers: shapes and voxel sizes, before any voxel is read --------------------------------------------
+def from_arrays(
+    store: Path,
+    volumes: Iterable[NDArray[Any]],
+    ids: Sequence[str],
+    *,
+    shape: tuple[int, ...],
+    subjects: Sequence[str] | None = None,
+    columns: Sequence[Column] = (),
+    metadata: Sequence[NDArray[np.float64]] = (),
+    mask: NDArray[np.bool_] | None = None,
+    dtype: DType = "f16",
+    codec: Codec | None = None,
+) -> Summary:
+    """Make `store` from arrays in memory, `volumes` one at a time: (c, *spatial) each, as many as `ids`.
+
+    mask (c, *spatial) bool: packed, where every volume is 0 outside. Without: dense. As `ingest` otherwise.
+    """
+    began = time.perf_counter()
+    form = Form(shape, dtype, codec or default_codec(mask, shape), mask)
+    items = tuple(Item(name, subject, (), 0) for name, subject in zip(ids, subjects or ids, strict=True))
+    cohort = Cohort("arrays", items, tuple(columns), tuple(metadata), (), {"kind": "arrays"})
+    plan = Plan(items, tuple(range(len(items))), shape, form.layout, dtype, form.codec, None, None, 1, ())
+    given = iter(volumes)
+
+    def take() -> tuple[NDArray[Any], bytes]:
+        x = np.ascontiguousarray(next(given))
+        if x.shape != shape:
+            raise Unusable(f"shape {by(x.shape)}, not {by(shape)}")
+        return x, hashlib.sha256(x.data).digest()
+
+    with Workplace.open(store, (0, 1)) as place, room(store):
+        per = layout.rows_per_shard(len(items), form.row_bytes)
+        told = []
+        for k, start in enumerate(range(0, len(items), per)):
+            path = shard_path(place.building / "volumes", k, form)
+            told.append(write_shard(path, per, form, [take] * len(items[start : start + per])))
+        result = ended(plan, told)
+        rows.create(place.building, form, len(items), per)
+        rows.write(place.building, result.rows, columns, metadata)
+        attributes = attributes_of(cohort, Settings(), plan, form, result)
+        rows.commit(place.building, attributes)
+        place.publish()
+    return summary_of(store, attributes, plan, result, time.perf_counter() - began)
 
 
-@dataclass(frozen=True)
-class Header:
-    shape: Shape
-    voxel: tuple[float, float, float]
-
-
-class Unusable(Exception):
-    """Why a scan cannot be taken; collected, so that one run names them all."""
-
-
-def _headers(scans: Sequence[Scan]) -> list[Header]:
-    """What each scan will be once turned to RAS; all unreadable scans are named at once."""
-    bad: list[Refused] = []
-    headers: list[Header] = []
-    with ThreadPoolExecutor() as pool:
-        for scan, header in zip(
-            scans, pool.map(lambda scan: _or_reason(functools.partial(_header, scan)), scans), strict=True
-        ):
-            if isinstance(header, Header):
-                headers.append(header)
-            else:
-                bad.append((scan.id, header))
-    _refuse(bad, len(scans))
-    return headers
-
-
-def _header(scan: Scan) -> Header:
-    image = nib.load(scan.path)
-    if not isinstance(image, nib.Nifti1Image):
-        raise Unusable(f"{type(image).__name__}, not NIfTI")
-    shape = image.shape
-    if len(shape) < 3 or any(side != 1 for side in shape[3:]):
-        raise Unusable(f"{len(shape)}-D ({_by(shape)}), not one volume")
-    voxels = image.get_data_dtype()  # type: ignore[no-untyped-call]
-    if voxels.kind not in "iuf":
-        raise Unusable(f"voxels of type {voxels}, not real numbers")
-    axes = nib.io_orientation(image.affine)[:, 0]  # type: ignore[no-untyped-call]
-    sides = nib.affines.voxel_sizes(image.affine)  # type: ignore[no-untyped-call]
-    if not np.isfinite(axes).all() or not np.isfinite(sides).all():
-        raise Unusable("no orientation in its affine")
-    order = np.argsort(axes)
-    x, y, z = (int(shape[i]) for i in order)
-    a, b, c = (float(sides[i]) for i in order)
-    return Header((x, y, z), (a, b, c))
-
-
-def _window(headers: Sequence[Header], shape: Shape | None, pad: bool) -> Shape:
-    """The shape all scans get; refuses what would need resampling, guessing or unasked zeros."""
-    voxels = np.array([h.voxel for h in headers])
-    if (voxels.max(0) > 1.01 * voxels.min(0)).any():
-        found = f"voxel sizes from {_by(voxels.min(0).round(3))} to {_by(voxels.max(0).round(3))} mm"
-        raise BadInput(found, wanted="one voxel size within 1 %", do="Resample the scans to one grid first")
-    shapes = np.array([h.shape for h in headers])
-    x, y, z = (int(side) for side in shapes.min(0))
-    if shape is None:
-        if (shapes != shapes[0]).any():
-            found = f"{len(set(map(tuple, shapes.tolist())))} shapes, from {_by(shapes.min(0))} to {_by(shapes.max(0))}"
-            do = f"Give shape {x} {y} {z}, the largest window that lies inside every scan (it is cut from the centre)"
-            raise BadInput(found, wanted="one shape", do=do)
-        return x, y, z
-    if (small := (shapes < shape).any(1)).any() and not pad:
-        found = f"{small.sum()} of {len(shapes)} scans are smaller than {_by(shape)}"
-        do = f"Give shape {min(x, shape[0])} {min(y, shape[1])} {min(z, shape[2])}, or ask for pad to add zeros"
-        raise BadInput(found, wanted="a window inside every scan", do=do)
-    return shape
-
-
-# ---- the voxels -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is kept of a scan beside its voxels; `stats` in the order of layout.STATS, of the source's values."""
-
-    stats: tuple[float, ...]
-    checksum: bytes
-    max_abs: float
-    psnr_db: float  # inf: exact
-
-
-def read_scan(path: Path, window: Shape) -> Volume:
-    """A scan in RAS, (X, Y, Z) float64: the window at its centre, zeros where the scan does not reach."""
-    # Unpacked whole: nibabel stops before gzip's checksum, and 44 of 60 flipped bits passed for a scan.
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    kind: Any = type(nib.load(path))
-    image = nib.as_closest_canonical(kind.from_bytes(raw))  # type: ignore[no-untyped-call]
-    x = np.asarray(image.dataobj, np.float64)
-    return central(x.reshape(x.shape[:3]), window)
-
-
-def central(x: Volume, window: Shape) -> Volume:
-    """The central box: element (side - wanted) // 2 comes first where it cuts, as many zeros go first where it pads."""
-    for axis, wanted in enumerate(window):
-        side = x.shape[axis]
-        if side >= wanted:
-            first = (side - wanted) // 2
-            x = x[(slice(None),) * axis + (slice(first, first + wanted),)]
-        else:
-            before = (wanted - side) // 2
-            x = np.pad(x, [(before, wanted - side - before) if a == axis else (0, 0) for a in range(3)])
-    return np.ascontiguousarray(x)
-
-
-def encode(x: Volume, dtype: DType) -> tuple[NDArray[Any], float]:
-    """(stored, scale) with x about stored * scale; raises Unusable where x cannot be trained on."""
-    if bad := int(x.size - np.count_nonzero(np.isfinite(x))):
-        raise Unusable(f"{bad} voxels are NaN or infinite")
-    if x.min() == x.max():
-        raise Unusable(f"constant ({x.flat[0]:g} everywhere)")
-    scale = layout.scale_for(float(np.abs(x).max()), dtype)
-    with np.errstate(over="ignore"):
-        stored = (x / scale).astype(layout.STORED_AS[dtype])
-    if not np.isfinite(stored).all():
-        raise Unusable(f"values up to {np.abs(x).max():g} do not fit {dtype}")
-    if stored.min() == stored.max():
-        raise Unusable(f"its values differ too little for {dtype} ({x.min():.9g} to {x.max():.9g})")
-    return stored, scale
-
-
-def _record(x: Volume, stored: NDArray[Any], scale: float, path: Path) -> Record:
-    error = np.abs(stored * np.float64(scale) - x)
-    rmse, span = float(np.sqrt(np.mean(error * error))), float(x.max() - x.min())
-    with path.open("rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").digest()
-    stats = (x.mean(), x.std(), x.min(), x.max(), np.count_nonzero(x), scale, 0.0)
-    psnr = 20 * math.log10(span / rmse) if rmse else math.inf
-    return Record(tuple(float(s) for s in stats), checksum, float(error.max()), psnr)
-
-
-def _write_shard(volumes: Any, scans: Sequence[Scan], first: int, window: Shape, dtype: DType) -> list[Record | str]:
-    """Read, encode and write the scans of one shard, at once; this thread is the shard's only writer."""
-    block = np.zeros((len(scans), 1, *window), layout.STORED_AS[dtype])
-    records = [_or_reason(functools.partial(_take, scan, window, dtype, block[j, 0])) for j, scan in enumerate(scans)]
-    if all(isinstance(record, Record) for record in records):
-        volumes[first : first + len(scans)] = block
-    return records
-
-
-def _take(scan: Scan, window: Shape, dtype: DType, out: NDArray[Any]) -> Record:
-    x = read_scan(scan.path, window)
-    out[...], scale = encode(x, dtype)
-    return _record(x, out, scale, scan.path)
-
-
-def _write_shards(
-    group: zarr.Group,
-    scans: Sequence[Scan],
-    window: Shape,
-    dtype: DType,
-    workers: int | None,
-    progress: Callable[[int, int], None] | None,
-) -> list[Record]:
-    """All shards, in parallel; every scan is looked at before a bad one ends the ingest."""
-    volumes: Any = group["volumes"]
-    size, done = volumes.shards[0], 0
-    records: list[Record | str] = [""] * len(scans)
-    pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)))
-    try:
-        firsts = {
-            pool.submit(_write_shard, volumes, scans[k : k + size], k, window, dtype): k
-            for k in range(0, len(scans), size)
-        }
-        for future in as_completed(firsts):
-            part = future.result()
-            records[firsts[future] : firsts[future] + len(part)] = part
-            done += len(part)
-            if progress:
-                progress(done, len(scans))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    _refuse([(s.id, r) for s, r in zip(scans, records, strict=True) if isinstance(r, str)], len(scans))
-    return [r for r in records if isinstance(r, Record)]
-
-
-def _or_reason(take: Callable[[], T]) -> T | str:
-    """What `take` gives, or in words why the scan is not usable."""
-    try:
-        return take()
-    except Unusable as error:
-        return str(error)
-    except UNREADABLE as error:
-        return f"unreadable ({type(error).__name__}: {error})"
-
-
-def _refuse(bad: Sequence[Refused], total: int) -> None:
-    if bad:
-        found = f"{len(bad)} of {total} scans cannot be used ({some([f'{name}: {why}' for name, why in bad], '; ')})"
-        do = "Mend these files, or remove each with its row, then ingest again"
-        raise BadInput(found, wanted="one finite, varying 3-D volume a file", do=do)
-
-
-# ---- the store: arrays, rows, commit --------------------------------------------------------------------------
-
-
-def _create(folder: Path, n: int, shape: tuple[int, ...], dtype: DType) -> zarr.Group:
-    """The group, still without the attributes that make it a store, and its empty `volumes`."""
-    group = zarr.create_group(folder)
-    stored = layout.STORED_AS[dtype]
-    blosc = BloscCodec(cname="lz4", clevel=5, shuffle="shuffle", typesize=stored.itemsize)
-    group.create_array(
-        "volumes",
-        shape=(n, *shape),
-        chunks=(1, *shape),
-        shards=(layout.scans_per_shard(n, shape, dtype), *shape),
-        dtype=stored,
-        compressors=[blosc, Crc32cCodec()],
-        fill_value=math.nan,  # an absent shard must not read as zeros: no stored voxel is NaN
-        dimension_names=layout.AXES,
-    )
-    return group
-
-
-def _write_rows(
-    group: zarr.Group,
-    scans: Sequence[Scan],
-    records: Sequence[Record],
-    columns: Sequence[Column],
-    values: Sequence[NDArray[np.float64]],
-) -> None:
-    """All that is small: one chunk an array, whole in memory."""
-    for parent in ("stats", "meta"):
-        group.create_group(parent)
-    _put(group, "ids", layout.encode_text([scan.id for scan in scans]))
-    _put(group, "subjects", layout.encode_text([scan.subject for scan in scans]))
-    checksums = b"".join(record.checksum for record in records)
-    _put(group, "checksums", np.frombuffer(checksums, np.uint8).reshape(len(scans), 32))
-    _put(group, "valid", np.full(len(scans), layout.OK, np.uint8))
-    for k, name in enumerate(layout.STATS):
-        _put(group, f"stats/{name}", np.array([record.stats[k] for record in records], np.float64))
-    for column, value in zip(columns, values, strict=True):
-        _put(group, column.array, value, asdict(column))
-
-
-def _put(group: zarr.Group, name: str, values: NDArray[Any], attributes: dict[str, Any] | None = None) -> None:
-    """One array, one chunk, written even where it is all fill value: an absent chunk then always means damage."""
-    array = group.create_array(
-        name,
-        shape=values.shape,
-        chunks=values.shape,
-        dtype=values.dtype,
-        compressors=[Crc32cCodec()],
-        fill_value=math.nan if values.dtype.kind == "f" else 0,
-        attributes=attributes,
-        config={"write_empty_chunks": True},
-    )
-    array[...] = values
-
-
-def _worst(scans: Sequence[Scan], records: Sequence[Record]) -> Error:
-    low = min(range(len(records)), key=lambda i: records[i].psnr_db)
-    span = [r.stats[layout.STATS.index("max")] - r.stats[layout.STATS.index("min")] for r in records]
-    exact = math.isinf(records[low].psnr_db)
-    return Error(
-        max_abs=max(r.max_abs for r in records),
-        max_of_range=max(r.max_abs / s for r, s in zip(records, span, strict=True)),
-        psnr_db=None if exact else records[low].psnr_db,
-        worst=None if exact else scans[low].id,
+def estimate(source: Path, settings: Settings | None = None, *, workers: int | None = None, **options: Any) -> Estimate:
+    """What `ingest` would do with the same arguments; writes nothing. Reads a few scans to tell layout and time."""
+    settings = settings or Settings()
+    refuse_settings(settings, (0, 1))
+    cohort = sources.open_cohort(source, suffix=settings.suffix, **options)
+    plan = Plan.of(asdict(make_plan(cohort, settings)), cohort)
+    few = sample(plan.items, TIMED)
+    Survey("", few[:1], plan.shape, plan.resample).do()  # a file of many rows is unpacked once, not for each
+    began = time.perf_counter()
+    form = plan.form(None)
+    if plan.layout != "dense":
+        form = plan.form_of(Survey("", few, plan.shape, plan.resample).do()["union"])
+    with tempfile.TemporaryDirectory() as folder:
+        Shard("", few, plan.shape, plan.resample, Path(folder, "volumes"), 0, len(few), form).do()
+    seconds = (time.perf_counter() - began) / len(few) * len(plan.items)
+    many = workers_for(plan, workers)
+    return Estimate(
+        source=str(source),
+        kind=cohort.kind,
+        n=len(plan.items),
+        subjects=len({item.subject for item in plan.items}),
+        shape=plan.shape,
+        form=f"{form.layout} {form.dtype}, codec {form.codec}",
+        shards=math.ceil(len(plan.items) / layout.rows_per_shard(len(plan.items), form.row_bytes)),
+        bytes_out=form.row_bytes * len(plan.items),
+        seconds=seconds / many,
+        workers=many,
+        columns=tuple(f"{column.name} ({column.kind})" for column in cohort.columns),
+        set_aside=plan.set_aside,
+        counted=cohort.counted,
     )
 
 
-def _describe(source: Path, headers: Sequence[Header]) -> dict[str, Any]:
-    """Where the data came from, for people; the fingerprint does not read it."""
-    described = source / "dataset_description.json"
-    try:
-        told = json.loads(described.read_text()) if described.is_file() else {}
-    except ValueError:
-        told = {}
+def request(settings: Settings, cohort: Cohort) -> dict[str, Any]:
+    """What must be the same for work that was begun to be gone on with: JSON's types."""
+    files = {path: path.stat() for item in cohort.items for path in item.paths}
+    columns = [[asdict(c), values.tobytes().hex()] for c, values in zip(cohort.columns, cohort.values, strict=True)]
     return {
-        "kind": "BIDS",
-        "folder": str(source.resolve()),
-        "name": told.get("Name"),
-        "license": told.get("License"),
-        "shapes": len({h.shape for h in headers}),
-        "participants_sha256": hashlib.sha256((source / "participants.tsv").read_bytes()).hexdigest(),
+        "settings": asdict(settings),
+        "ids": [item.id for item in cohort.items],
+        "files": {str(path): [found.st_size, found.st_mtime_ns] for path, found in files.items()},
+        "columns": columns,
     }
 
 
 @contextlib.contextmanager
-def _building(store: Path) -> Iterator[Path]:
-    """An empty hidden sibling folder that becomes `store` at the end, or goes; one left by a kill is taken over."""
-    folder = store.with_name(f".{store.name}.partial")
-    made = [parent for parent in folder.absolute().parents if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+def room(store: Path) -> Iterator[None]:
+    """A full disk, in words: what is done stays."""
     try:
-        _lock(lock, folder, store)
-        try:
-            _empty(folder)
-            yield folder
-            sync_tree(folder)
-            _refuse_taken(store)
-            folder.rename(store)
-            sync(store.parent)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            for parent in made:  # the deepest first; one that somebody else has filled meanwhile stays
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
+        yield
+    except OSError as error:
+        if not disk_full(error):
             raise
-    finally:
-        os.close(lock)
+        free = shutil.disk_usage(store.absolute().parent).free
+        do = "Free some space, then give the same command again: it goes on where it was"
+        raise BadInput(f"the disk of {store} is full ({free / 1e6:.0f} MB free)", wanted="more room", do=do) from error
 
 
-def _lock(lock: int, folder: Path, store: Path) -> None:
-    """A lock on the folder itself: it dies with its process, so a kill leaves none behind."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        same = folder.exists() and folder.stat().st_ino == os.fstat(lock).st_ino  # else just renamed by its owner
-    except BlockingIOError:
-        same = False
-    if not same:
-        raise BadInput(
-            f"another ingest is writing {store}", wanted="one at a time", do="Wait for it, or name another store"
-        )
+def attributes_of(cohort: Cohort, settings: Settings, plan: Plan, form: Form, ended: Ended) -> dict[str, Any]:
+    used = ended.rows["valid"] == layout.OK
+    ids = [item.id for item, ok in zip(plan.items, used, strict=True) if ok]
+    kept = {"layout": form.layout, "dtype": form.dtype, "codec": form.codec}
+    told = {
+        "format": layout.FORMAT,
+        "version": layout.VERSION,
+        "n": len(plan.items),
+        "shape": plan.shape,
+        "layout": kept["layout"],
+        "coverage": 1.0 if form.mask is None else float(form.mask.mean()),
+        "axes": layout.axes(len(plan.shape)),
+        "orientation": "RAS" if len(plan.shape) == 4 else None,
+        "voxel_mm": plan.voxel,
+        "intensity": "as in the source",
+        "columns": [column.name for column in cohort.columns],
+        "sources": [{**cohort.described, "shapes": plan.shapes, "bytes": _bytes_in(plan)}],
+        "cauc_dist": __version__,
+        "settings": {**asdict(settings), **kept, "shape": plan.shape[1:]},
+        "error": asdict(Error.of(ids, ended.errors[used])),
+        "set_aside": ended.set_aside,
+        "counted": cohort.counted,
+    }
+    return dict(json.loads(json.dumps(told)))
 
 
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+def _each(shape: tuple[int, ...]) -> str:
+    """80x96x80, or with several channels 2 x 80x96x80."""
+    channels = "" if shape[0] == 1 else f"{shape[0]} features" if len(shape) == 1 else f"{shape[0]} x "
+    return channels + by(shape[1:])
 
 
-def _by(sides: Any) -> str:
-    return "x".join(f"{side:g}" for side in sides)
+def _bytes_in(plan: Plan) -> int:
+    return sum(path.stat().st_size for path in {path for item in plan.items for path in item.paths})
+
+
+def summary_of(store: Path, told: Mapping[str, Any], plan: Plan, ended: Ended, seconds: float) -> Summary:
+    """`told`: attributes of the store."""
+    return Summary(
+        store=store,
+        n=int((ended.rows["valid"] == layout.OK).sum()),
+        shape=plan.shape,
+        layout=told["layout"],
+        coverage=told["coverage"],
+        shapes=plan.shapes,
+        error=Error(**told["error"]),
+        seconds=seconds,
+        bytes_in=told["sources"][-1]["bytes"],
+        bytes_out=sum(f.stat().st_size for f in store.rglob("*") if f.is_file()),
+        set_aside=ended.set_aside,
+        counted=told["counted"],
+    )
+
+
+def _missing(counted: Mapping[str, Mapping[str, int]]) -> list[str]:
+    return [
+        f"missing: {column}: {', '.join(f'{count} {reason}' for reason, count in reasons.items())}"
+        for column, reasons in counted.items()
+        if reasons
+    ]
+
+
+def _aside(set_aside: Sequence[Refused]) -> list[str]:
+    lines = [f"set aside: {name}: {reason}" for name, reason in set_aside[:NAMED]]
+    if len(set_aside) > NAMED:
+        lines.append(f"set aside: {len(set_aside) - NAMED} more, all listed by `cauc store info`")
+    return lines

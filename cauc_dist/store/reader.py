@@ -1,65 +1,113 @@
 """A store, opened: names, statistics and metadata in memory, volumes read one at a time.
 
-Safe to read from many threads. Each read checks the crc32c of what it read; a volume that is not there is an
-error, never zeros. Shapes: N scans, (c, X, Y, Z) a volume, k columns.
+Only rows that hold a scan are seen here: holes and scans that were set aside have no number. Safe to read from many
+threads. Each read checks the crc32c of what it read; a volume that is not there is an error, never zeros.
+Shapes: N usable scans of n rows, c channels, M voxels of the mask, k metadata columns.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from cauc_dist.errors import BadInput, nearest
 from cauc_dist.store import layout
-from cauc_dist.store.layout import Column
+from cauc_dist.store.chunks import Rows, open_rows, shard_name, whole
+from cauc_dist.store.files import Files, is_remote, open_files
+from cauc_dist.store.layout import Column, Layout
 
 Floats = NDArray[np.float64]
 
+ROW_ARRAYS = ("ids", "subjects", "valid", "checksums", *(f"stats/{name}" for name in layout.STATS))
 AGAIN = "Restore it from a copy, or ingest the data again into a new store"
+
+
+class Damaged(BadInput):
+    """Bytes of a store that are not those that were written, or are not there."""
 
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """One store of format 1. `stats` holds float64 (N,) by name: the source's mean, std, ... over all voxels."""
+    """One store of format 2. `stats` holds float64 (N, c) by name: of each channel of the source, over its voxels."""
 
-    path: Path
+    where: str
     ids: tuple[str, ...]
     subjects: tuple[str, ...]
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
+    """(c, X, Y, Z) of a volume, (c, X, Y) of an image, (c,) of a row of features."""
+    mask: NDArray[np.bool_] | None
+    """(c, *spatial) of a packed store: what is outside is 0 in every scan."""
     columns: tuple[Column, ...]
     fingerprint: str
     stats: dict[str, Floats]
     attributes: dict[str, Any]
+    set_aside: tuple[tuple[str, str], ...]
+    """(scan, reason) of those that are in the source and not among the N."""
+    checksums: NDArray[np.uint8] = field(repr=False)
+    """(N, 32) sha256 of each source."""
     _values: dict[str, Floats] = field(repr=False)
-    _valid: NDArray[np.uint8] = field(repr=False)
-    _volumes: Any = field(repr=False)
+    _at: NDArray[np.int64] = field(repr=False)
+    _volumes: Rows = field(repr=False)
+    _files: Files = field(repr=False)
 
     @staticmethod
-    def open(path: Path) -> "Store":
-        """Read all but the volumes; BadInput where the path is no store, of another version, or damaged."""
-        attributes = _attributes(path)
+    def open(where: str | Path) -> "Store":
+        """Read all but the volumes, from a folder or an http(s):// or s3:// URL.
+
+        BadInput where there is no store, one of another version, or a damaged one.
+        """
+        files = open_files(str(where).rstrip("/") if is_remote(where) else where)
+        attributes = _attributes(files)
         try:
-            return _open(path, attributes)
+            return _open(files, attributes)
         except BadInput:
             raise
-        except (ValueError, KeyError, OSError, RuntimeError) as error:
-            raise _damaged(f"store {path}", error) from error
+        except (ValueError, KeyError, TypeError, FileNotFoundError, RuntimeError) as error:
+            raise _damaged(f"store {files.where}", error) from error
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def name(self) -> str:
+        return self.where.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def layout(self) -> Layout:
+        return "dense" if self.mask is None else "packed"
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of a row as stored: (M,) packed, `shape` dense."""
+        return self._volumes.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._volumes.dtype
+
+    @cached_property
+    def keys(self) -> NDArray[np.uint64]:
+        """(N,) address of each scan for random draws: of its id alone."""
+        return layout.keys(self.ids)
 
     def metadata(self, names: Sequence[str]) -> Floats:
         """(N, k) float64 in the order of `names`: numbers, or codes into the column's levels; NaN is missing."""
         for name in names:
             if name not in self._values:
                 do = nearest(name, self._values).rstrip(".")
-                raise BadInput(f"no column {name!r} in {self.path}", wanted="a column of its metadata", do=do)
+                raise BadInput(f"no column {name!r} in {self.where}", wanted="a column of its metadata", do=do)
         return np.stack([self._values[name] for name in names], axis=1) if names else np.empty((len(self), 0))
+
+    def column(self, name: str) -> Column:
+        """The column of that name; BadInput as `metadata`."""
+        self.metadata([name])
+        return next(column for column in self.columns if column.name == name)
 
     def require(self, names: Sequence[str], rows: NDArray[np.int64] | None = None) -> None:
         """BadInput where a column is unknown, empty, or the same for all scans (of `rows`): it could teach nothing."""
@@ -67,85 +115,110 @@ class Store:
         for name, column in zip(names, values.T, strict=True):
             different = np.unique(column[~np.isnan(column)])
             if len(different) < 2:
-                found = f"column {name} of {self.path} is {'the same for all scans' if len(different) else 'empty'}"
+                found = f"column {name} of {self.where} is {'the same for all scans' if len(different) else 'empty'}"
                 raise BadInput(found, wanted="at least two different values", do="Leave this column out of the kernel")
 
-    def stored(self, i: int) -> NDArray[Any]:
-        """Volume i as stored, (c, X, Y, Z) float16 or float32; the caller owns the array."""
-        name = f"scan {self.ids[i]} (row {i}) of {self.path}"
+    def read_into(self, i: int, out: NDArray[Any]) -> None:
+        """Row i as stored, into `out`: (row_shape) of `dtype`, contiguous. Damaged names the scan, OSError the file."""
         try:
-            volume: NDArray[Any] = self._volumes[i]
-        except (ValueError, KeyError, OSError, RuntimeError) as error:
-            raise _damaged(name, error) from error
-        # Zarr fills what is absent with NaN, and ingest refuses NaN: one voxel tells.
-        if self._valid[i] != layout.OK or np.isnan(volume.flat[0]):
-            raise _damaged(name, "its chunk is not there")
-        return volume
+            self._volumes.read_into(int(self._at[i]), out)
+        except (ValueError, KeyError, EOFError, FileNotFoundError, RuntimeError) as error:
+            raise _damaged(f"scan {self.ids[i]} (row {self._at[i]}) of {self.where}", error) from error
 
-    def affine(self, i: int) -> tuple[float, float]:
-        """(scale, offset) of volume i: value = stored * scale + offset."""
-        return float(self.stats["scale"][i]), float(self.stats["offset"][i])
+    def volume(self, i: int) -> Floats:
+        """(c, *spatial) float64: the source's values as far as the store holds them, 0 outside the mask."""
+        row = np.empty(self.row_shape, self.dtype)
+        self.read_into(i, row)
+        out = np.zeros((self.shape[0], int(np.prod(self.shape[1:]))))
+        scale, offset = self.stats["scale"][i], self.stats["offset"][i]
+        if self.mask is None:
+            out[...] = row.reshape(out.shape).astype(np.float64) * scale[:, None] + offset[:, None]
+            return out.reshape(self.shape)
+        start = 0
+        for c, mask in enumerate(self.mask.reshape(out.shape)):
+            stop = start + int(np.count_nonzero(mask))
+            out[c, mask] = row[start:stop].astype(np.float64) * scale[c] + offset[c]
+            start = stop
+        return out.reshape(self.shape)
+
+    def files(self) -> list[str]:
+        """Names of all files of the store; last `zarr.json`, which makes a folder a store."""
+        n, names = int(self.attributes["n"]), ["participants.tsv", "meta/zarr.json", "stats/zarr.json"]
+        for array in [*ROW_ARRAYS, *(column.array for column in self.columns)]:
+            dimensions = 2 if array.startswith("stats/") or array in ("ids", "subjects", "checksums") else 1
+            names += _chunks(self._files, array, n, dimensions)
+        names += _chunks(self._files, "volumes", n, len(self._volumes.shape))
+        if self.mask is not None:
+            names += _chunks(self._files, "mask", self.mask.shape[0], self.mask.ndim)
+        return [*names, "zarr.json"]
 
 
-def _attributes(path: Path) -> dict[str, Any]:
+def _attributes(files: Files) -> dict[str, Any]:
     """The group's attributes, which are the commit record: without them there is no store."""
-    if not path.is_dir():
-        raise BadInput(f"no store at {path}", wanted="a folder made by ingest", do="Check the path, or ingest first")
     try:
-        attributes = json.loads((path / "zarr.json").read_text())["attributes"]
+        attributes = json.loads(files.read("zarr.json"))["attributes"]
         form, version = attributes["format"], attributes["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        do = "Give the folder that ingest wrote, not one above or inside it"
-        raise BadInput(f"{path} is not a store", wanted=f"a zarr.json with format {layout.FORMAT}", do=do) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not is_remote(files.where) and Path(files.where).is_dir():
+            raise _no_store(files.where) from error
+        do = "Check the path, or ingest first"
+        raise BadInput(f"no store at {files.where}", wanted="a folder made by ingest", do=do) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _no_store(files.where) from error
     if (form, version) != (layout.FORMAT, layout.VERSION):
         do = "Ingest the data again, or read it with the version of cauc_dist that wrote it"
-        wanted = f"{layout.FORMAT} {layout.VERSION}"
-        raise BadInput(
-            f"{path} has format {form} {version} (written by {attributes.get('cauc_dist')})", wanted=wanted, do=do
-        )
+        found = f"{files.where} has format {form} {version} (written by {attributes.get('cauc_dist')})"
+        raise BadInput(found, wanted=f"{layout.FORMAT} {layout.VERSION}", do=do)
     return dict(attributes)
 
 
-def _open(path: Path, attributes: dict[str, Any]) -> Store:
-    group = zarr.open_group(path, mode="r", zarr_format=3)
-    volumes: Any = group["volumes"]
-    columns = [Column(name, "number") for name in attributes["columns"]]
-    columns = [_column(group, column) for column in columns]
-    ids = layout.decode_text(_whole(group, "ids"))
-    c, x, y, z = volumes.shape[1:]
-    store = Store(
-        path=path,
+def _no_store(where: str) -> BadInput:
+    do = "Give the folder that ingest wrote, not one above or inside it"
+    return BadInput(f"{where} is not a store", wanted=f"a zarr.json with format {layout.FORMAT}", do=do)
+
+
+def _open(files: Files, attributes: dict[str, Any]) -> Store:
+    n = int(attributes["n"])
+    rows = {name: whole(files, name, n)[0] for name in ROW_ARRAYS}
+    at = np.flatnonzero(rows["valid"] == layout.OK)
+    volumes = open_rows(files, "volumes")
+    if volumes.shape[0] < n:
+        raise ValueError(f"volumes has {volumes.shape[0]} rows, not {n}")
+    ids = layout.decode_text(rows["ids"][at])
+    mask = None
+    if attributes["layout"] == "packed":
+        mask = whole(files, "mask", attributes["shape"][0])[0]
+        if (int(mask.sum()),) != volumes.shape[1:]:
+            raise ValueError(f"the mask has {int(mask.sum())} voxels, a row of volumes {volumes.shape[1:]}")
+    columns, values = [], {}
+    for name in attributes["columns"]:
+        array, told = whole(files, Column(name, "number").array, n)
+        columns.append(Column(name, told["kind"], tuple(told["levels"])))
+        values[name] = array[at]
+    return Store(
+        where=files.where,
         ids=ids,
-        subjects=layout.decode_text(_whole(group, "subjects")),
-        shape=(c, x, y, z),
+        subjects=layout.decode_text(rows["subjects"][at]),
+        shape=tuple(attributes["shape"]),
+        mask=mask,
         columns=tuple(columns),
-        fingerprint=layout.fingerprint(
-            ids, _whole(group, "checksums"), attributes["source"]["participants_sha256"], attributes["settings"]
-        ),
-        stats={name: _whole(group, f"stats/{name}") for name in layout.STATS},
+        fingerprint=layout.fingerprint(ids, rows["checksums"][at], attributes["settings"]),
+        stats={name: rows[f"stats/{name}"][at] for name in layout.STATS},
         attributes=attributes,
-        _values={column.name: _whole(group, column.array) for column in columns},
-        _valid=_whole(group, "valid"),
+        set_aside=tuple((name, reason) for name, reason in attributes["set_aside"]),
+        checksums=rows["checksums"][at],
+        _values=values,
+        _at=at,
         _volumes=volumes,
+        _files=files,
     )
-    rows = {volumes.shape[0], len(store.ids), len(store.subjects), len(store._valid), *map(len, store.stats.values())}
-    if rows != {attributes["n"]}:
-        raise ValueError(f"{attributes['n']} scans were committed, arrays have {sorted(rows)} rows")
-    return store
 
 
-def _column(group: zarr.Group, named: Column) -> Column:
-    told: Any = group[named.array].attrs.asdict()
-    return Column(named.name, told["kind"], tuple(told["levels"]))
+def _chunks(files: Files, name: str, n: int, dimensions: int) -> list[str]:
+    """zarr.json and the chunks (shards) of an array that hold its first n rows."""
+    size = json.loads(files.read(f"{name}/zarr.json"))["chunk_grid"]["configuration"]["chunk_shape"][0]
+    return [f"{name}/zarr.json", *(shard_name(name, k, dimensions) for k in range(math.ceil(n / size)))]
 
 
-def _whole(group: zarr.Group, name: str) -> Any:
-    """A small array, all of it; KeyError or ValueError where any of it is absent or broken."""
-    array: Any = group[name]
-    if array.nchunks_initialized != array.nchunks:
-        raise ValueError(f"a chunk of {name} is not there")
-    return array[...]
-
-
-def _damaged(what: str, error: object) -> BadInput:
-    return BadInput(f"{what} is damaged ({error})", wanted="the bytes that ingest wrote", do=AGAIN)
+def _damaged(what: str, error: object) -> Damaged:
+    return Damaged(f"{what} is damaged ({error})", wanted="the bytes that ingest wrote", do=AGAIN)

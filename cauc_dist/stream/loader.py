@@ -1,15 +1,17 @@
 """From a plan to batches: threads read ahead of the step, and what they read does not depend on them.
 
-Shapes: b scans of this rank, (c, X, Y, Z) a volume; batches are float32 and, with CUDA, in pinned memory.
-Memory: prefetch + 1 batches, plus the one the consumer holds.
+b scans of this rank, row_shape a scan as stored, (c, *spatial) a volume. Memory: a ring of prefetch + 1 batches, made
+once; with CUDA of rows as stored, in pinned memory, which are expanded on the GPU.
 """
 
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -17,65 +19,86 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from cauc_dist.errors import BadInput
+from cauc_dist.store.reader import Damaged
 from cauc_dist.stream.plan import Plan, Rows, per_rank
+from cauc_dist.stream.values import Expand, Normalise, Values, Volumes, values
 
-Normalise = Literal["volume", "none"]
-
-# ATen runs an elementwise operation of up to this many elements in the calling thread. More, and each of our
-# threads would start an OpenMP team of its own: 16 ms a volume of 121x145x121 instead of 1 on 2 cores.
-GRAIN = 32768
-
-
-class Volumes(Protocol):
-    """What is read from: a store.reader.Store, or anything like it."""
-
-    @property
-    def ids(self) -> tuple[str, ...]: ...
-    @property
-    def shape(self) -> tuple[int, int, int, int]: ...
-    @property
-    def stats(self) -> Mapping[str, NDArray[np.float64]]: ...
-    def stored(self, i: int) -> NDArray[Any]: ...
-    def affine(self, i: int) -> tuple[float, float]: ...
+OnDamage = Literal["raise", "skip"]
 
 
 class Batch(NamedTuple):
+    """One rank's part of a step. Read it only; its memory is used again when the next batch is asked for."""
+
     step: int
     rows: Rows
-    """(b,) rows of the store, this rank's."""
+    """(b,) rows of the store."""
     volumes: Tensor
-    """(b, c, X, Y, Z) float32."""
+    """(b, c, *spatial) float32, normalised; (b, *row_shape) as stored where expansion is off."""
+    sound: NDArray[np.bool_]
+    """(b,) False: the scan is damaged and skipped; finite numbers stand in for it."""
+    damaged: tuple[str, ...]
+    """What is wrong with those, one line each."""
     wait: float
     """Seconds the consumer waited for it."""
 
 
-class _Reading(NamedTuple):
+@dataclass
+class _Slot:
+    """One batch's worth of the ring."""
+
+    memory: Tensor
+    backgrounds: NDArray[np.float64]
+    """(b, c) what lies outside the mask in each volume, from the scan before; NaN: nothing yet."""
+    uploaded: Any = None
+    """CUDA event after which the memory may be written again."""
+
+
+@dataclass
+class _Reading:
     step: int
     rows: Rows
-    out: Tensor
-    scans: list[Future[None]]
+    slot: _Slot
+    scans: list[Future[None]] = field(default_factory=list)
 
 
 class ReadAhead:
     """Batches of the rows in `jobs` ((step, rows) in order), read by `threads`, `prefetch` batches ahead.
 
-    While the consumer works on a batch, at most `prefetch` later ones are read or waiting: that is the
-    back-pressure. An error of a reader comes out at the step it belongs to, and names the scan. Leaving the
-    `with` block, at any point, cancels what has not begun and waits for what has.
+    While the consumer works on a batch, at most `prefetch` later ones are read or waiting: that is the back-pressure.
+    An error of a reader comes out at the step it belongs to, and names the scan; on_damage "skip" hands a damaged scan
+    on as not `sound`. Leaving the `with` block, at any point, cancels what has not begun and waits for what has.
     """
 
     def __init__(
-        self, store: Volumes, jobs: Iterable[tuple[int, Rows]], *, normalise: Normalise, threads: int, prefetch: int
+        self,
+        store: Volumes,
+        jobs: Iterable[tuple[int, Rows]],
+        size: int,
+        *,
+        values: Values,
+        threads: int,
+        prefetch: int,
+        expand: bool = True,
+        on_damage: OnDamage = "raise",
+        device: torch.device | None = None,
     ) -> None:
         for name, number in (("threads", threads), ("prefetch", prefetch)):
             if number < 1:
                 raise BadInput(f"{name} {number}", wanted="at least 1", do=f"Set {name} to 1 or more")
-        if normalise not in ("volume", "none"):
-            raise BadInput(f"normalise {normalise!r}", wanted="volume or none", do="Use one of the two")
-        self._store, self._jobs, self._normalise = store, iter(jobs), normalise
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        if on_damage not in ("raise", "skip"):
+            raise BadInput(f"on_damage {on_damage!r}", wanted="raise or skip", do="Use one of the two")
+        self._store, self._jobs, self._size, self._on_damage = store, iter(jobs), size, on_damage
+        self._device = device or torch.device("cpu")
+        self._on_gpu = self._device.type == "cuda"
+        self._expand = Expand(store, values, self._device)
+        self._as_stored = self._on_gpu or not expand
+        self._upload = self._on_gpu and expand
         self._ahead: deque[_Reading] = deque()
+        self._free: list[_Slot] = []
+        self._used: _Slot | None = None
         self._prefetch = prefetch
+        self._scratch = threading.local()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
 
     def __enter__(self) -> Self:
         self._fill(self._prefetch)
@@ -90,19 +113,32 @@ class ReadAhead:
         return self
 
     def __next__(self) -> Batch:
+        if self._used is not None:
+            self._free.append(self._used)
+            self._used = None
         self._fill(self._prefetch + 1)  # the one handed out now, and those read while it is used
         if not self._ahead:
             self.close()
             raise StopIteration
         reading = self._ahead.popleft()
         started = time.perf_counter()
-        for row, scan in zip(reading.rows, reading.scans, strict=True):
+        sound, damaged = np.ones(len(reading.rows), bool), []
+        for j, (row, scan) in enumerate(zip(reading.rows, reading.scans, strict=True)):
             try:
                 scan.result()
             except Exception as error:
+                if self._on_damage == "skip" and isinstance(error, Damaged):
+                    sound[j] = False
+                    reading.slot.memory[j].zero_()  # what the scan before left there might not be finite
+                    reading.slot.backgrounds[j] = np.nan
+                    damaged.append(error.found)
+                    continue
                 self.close()
                 raise _named(error, self._store.ids[row], reading.step) from error
-        return Batch(reading.step, reading.rows, reading.out, time.perf_counter() - started)
+        wait = time.perf_counter() - started
+        self._used = reading.slot
+        out = self._out(reading)
+        return Batch(reading.step, reading.rows, out, sound, tuple(damaged), wait)
 
     def close(self) -> None:
         """No thread touches the store after this; calling it twice is harmless."""
@@ -110,19 +146,70 @@ class ReadAhead:
         self._ahead.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
+    def _out(self, reading: _Reading) -> Tensor:
+        memory = reading.slot.memory[: len(reading.rows)]
+        if not self._upload:
+            return memory
+        raw = memory.to(self._device, non_blocking=True)
+        reading.slot.uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        reading.slot.uploaded.record()
+        return self._expand.batch(raw, reading.rows)
+
     def _fill(self, wanted: int) -> None:
         while len(self._ahead) < wanted and (job := next(self._jobs, None)):
             step, rows = job
-            out = _empty(len(rows), self._store.shape)
-            scans = [
-                self._pool.submit(read_into, self._store, int(row), out[j], self._normalise)
-                for j, row in enumerate(rows)
-            ]
-            self._ahead.append(_Reading(step, rows, out, scans))
+            slot = self._free.pop() if self._free else self._new_slot()
+            if slot.uploaded is not None:
+                slot.uploaded.synchronize()
+            reading = _Reading(step, rows, slot)
+            reading.scans = [self._pool.submit(self._read, int(row), j, slot) for j, row in enumerate(rows)]
+            self._ahead.append(reading)
+
+    def _new_slot(self) -> _Slot:
+        shape = self._store.row_shape if self._as_stored else self._store.shape
+        kind = torch.from_numpy(np.empty(0, self._store.dtype)).dtype if self._as_stored else torch.float32
+        memory = torch.empty((self._size, *shape), dtype=kind, pin_memory=self._on_gpu)
+        return _Slot(memory, np.full((self._size, self._store.shape[0]), np.nan))
+
+    def _read(self, row: int, j: int, slot: _Slot) -> None:
+        try:
+            (self._read_stored if self._as_stored else self._read_expanded)(row, j, slot)
+        except Damaged:
+            # A skipped scan still goes through the encoder, and 0 times NaN is NaN in its gradient.
+            slot.memory[j].numpy()[...] = 0
+            slot.backgrounds[j] = np.nan
+            raise
+
+    def _read_stored(self, row: int, j: int, slot: _Slot) -> None:
+        self._store.read_into(row, slot.memory[j].numpy())
+
+    def _read_expanded(self, row: int, j: int, slot: _Slot) -> None:
+        raw, values = self._buffers()
+        self._store.read_into(row, raw)
+        out = slot.memory[j]
+        if self._store.mask is not None:
+            background = self._expand.values.background[row]
+            if not np.array_equal(slot.backgrounds[j], background):
+                self._expand.background(row, out.numpy())
+                slot.backgrounds[j] = background
+        self._expand.row(raw, row, out, values)
+
+    def _buffers(self) -> tuple[NDArray[Any], Tensor]:
+        """A thread's own memory for one row as stored, and for its values where they are scattered."""
+        kept: tuple[NDArray[Any], Tensor] | None = getattr(self._scratch, "kept", None)
+        if kept is None:
+            packed = 0 if self._store.mask is None else self._store.row_shape[0]
+            kept = np.empty(self._store.row_shape, self._store.dtype), torch.empty(packed)
+            self._scratch.kept = kept
+        return kept
 
 
 class Loader(ReadAhead):
-    """The batches of steps start..stop-1 of a plan, for one rank; resuming is a matter of `start`."""
+    """The batches of steps start..stop-1 of a plan, for one rank; resuming is a matter of `start`.
+
+    `dataset` normalises by the scans of the plan. Batches are on `device`; on CUDA they cross as stored (a packed
+    volume is 6.5 times smaller than its float32).
+    """
 
     def __init__(
         self,
@@ -136,48 +223,38 @@ class Loader(ReadAhead):
         normalise: Normalise = "volume",
         threads: int = 2,
         prefetch: int = 2,
+        expand: bool = True,
+        on_damage: OnDamage = "raise",
+        device: torch.device | None = None,
     ) -> None:
-        per_rank(plan.batch_size, world_size)  # refuse here, not in the first step
-        jobs = ((step, plan.rank_batch(step, rank, world_size)) for step in range(start, stop))
-        super().__init__(store, jobs, normalise=normalise, threads=threads, prefetch=prefetch)
+        b = per_rank(plan.batch_size, world_size)  # refuse here, not in the first step
+        super().__init__(
+            store,
+            ((step, plan.rank_batch(step, rank, world_size)) for step in range(start, stop)),
+            b,
+            values=values(store, normalise, plan.rows),
+            threads=threads,
+            prefetch=prefetch,
+            expand=expand,
+            on_damage=on_damage,
+            device=device,
+        )
 
 
-def chunks(
-    store: Volumes, rows: ArrayLike, size: int, *, normalise: Normalise = "volume", threads: int = 2, prefetch: int = 1
-) -> Iterator[Tensor]:
-    """(<= size, c, X, Y, Z) float32, over `rows` in order; the last one may be shorter."""
+def chunks(store: Volumes, rows: ArrayLike, size: int, values: Values, *, threads: int = 2) -> Iterator[Tensor]:
+    """(<= size, c, *spatial) float32, over `rows` in order; the last one may be shorter. They are the caller's."""
     rows = np.asarray(rows, np.int64)
     jobs = ((k, rows[k : k + size]) for k in range(0, len(rows), size))
-    with ReadAhead(store, jobs, normalise=normalise, threads=threads, prefetch=prefetch) as ahead:
+    with ReadAhead(store, jobs, min(size, len(rows)), values=values, threads=threads, prefetch=1) as ahead:
         for batch in ahead:
-            yield batch.volumes
+            yield batch.volumes.clone()
 
 
-def read_all(store: Volumes, rows: ArrayLike, normalise: Normalise = "volume", threads: int = 2) -> Tensor:
-    """(len(rows), c, X, Y, Z) float32, all in memory: for probes on small stores."""
+def read_all(store: Volumes, rows: ArrayLike, values: Values, *, threads: int = 2) -> Tensor:
+    """(len(rows), c, *spatial) float32, all in memory: for probes on small stores."""
     rows = np.asarray(rows, np.int64)
-    with ReadAhead(store, [(0, rows)], normalise=normalise, threads=threads, prefetch=1) as ahead:
+    with ReadAhead(store, [(0, rows)], len(rows), values=values, threads=threads, prefetch=1) as ahead:
         return next(ahead).volumes
-
-
-def read_into(store: Volumes, row: int, out: Tensor, normalise: Normalise) -> None:
-    """Read volume `row` into out (c, X, Y, Z) float32: the source's values, or those minus mean over std.
-
-    One affine map of the stored values, its two numbers computed in float64:
-    (stored * scale + offset - mean) / std = stored * a + b.
-    """
-    a, b = store.affine(row)
-    if normalise == "volume":
-        mean, std = store.stats["mean"][row], store.stats["std"][row]
-        a, b = float(a / std), float((b - mean) / std)
-    # torch casts f16 to f32 several times faster than numpy.
-    stored, flat = torch.from_numpy(store.stored(row)).reshape(-1), out.view(-1)
-    for k in range(0, len(flat), GRAIN):
-        flat[k : k + GRAIN].copy_(stored[k : k + GRAIN]).mul_(a).add_(b)
-
-
-def _empty(b: int, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty((b, *shape), dtype=torch.float32, pin_memory=torch.cuda.is_available())
 
 
 def _named(error: Exception, scan: str, step: int) -> Exception:
