@@ -225,6 +225,8 @@ def _store(arguments: Sequence[str]) -> int:
 
 def _store_info(arguments: Sequence[str]) -> int:
     options = _parse(Info, "store info", arguments)
+    if options.montage and options.out is None:
+        raise BadInput("--montage without --out", wanted="a page to put it on", do="e.g. --out info.html")
     _writable(options.out)
     from cauc_dist.info import page, text
     from cauc_dist.store.reader import Store
@@ -234,8 +236,6 @@ def _store_info(arguments: Sequence[str]) -> int:
     if options.out is not None:
         page(store, options.out, montage=options.montage, say=_say)
         print(f"wrote {options.out}")
-    elif options.montage:
-        raise BadInput("--montage without --out", wanted="a page to put it on", do="e.g. --out info.html")
     return 0
 
 
@@ -245,6 +245,10 @@ class VerifyStore:
     """Folder or URL."""
     sources: Path | None = None
     """The source that it was ingested from: compare its files with the checksums in the store."""
+    table: Path | None = None
+    """As it was given to ingest."""
+    features: Path | None = None
+    """As it was given to ingest."""
     threads: int = 4
 
 
@@ -254,7 +258,8 @@ def _store_verify(arguments: Sequence[str]) -> int:
     from cauc_dist.store.check import check
 
     with Counter("verify") as progress:
-        verdict = check(options.store, sources=options.sources, threads=options.threads, progress=progress)
+        asked = dataclasses.asdict(options)
+        verdict = check(asked.pop("store"), **asked, progress=progress)
     print(verdict)
     return int(bool(verdict.faults))
 

@@ -106,7 +106,10 @@ def _facts(store: Store, most: int) -> list[tuple[str, str]]:
         f"at most {error['max_of_range']:.2g} of a scan's range, PSNR {error['psnr_db'] or 0:.1f} dB ({error['worst']})"
     )
     sources = [
-        f"{s.get('kind')} {s.get('name') or ''}, licence {s.get('license') or 'not stated'}, {s.get('folder', '-')}"
+        ", ".join(
+            [" ".join(filter(None, [s.get("kind"), s.get("name")])), f"licence {s.get('license') or 'not stated'}"]
+        )
+        + (f", {s['folder']}" if "folder" in s else "")
         for s in told["sources"]
     ]
     return [

@@ -221,6 +221,30 @@ def test_a_cohort_in_two_parts_is_one_store_with_a_split_that_a_run_trains_on(
     assert "has a column split; wanted a new one" in capsys.readouterr().err
 
 
+def test_a_sound_store_is_told_and_verified_and_a_changed_byte_is_code_1(
+    store: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["store", "info", str(store), "--out", str(tmp_path / "info.html")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\b24\b", said)
+    assert "age" in said
+    assert "<html" in (tmp_path / "info.html").read_text()
+    assert main(["store", "verify", str(store), "--sources", str(cohort)]) == 0
+    assert "sound. 24 scans read" in capsys.readouterr().out
+    shutil.copytree(store, tmp_path / "copy")
+    shard = next(p for p in (tmp_path / "copy" / "volumes").rglob("*") if p.is_file() and p.name != "zarr.json")
+    raw = bytearray(shard.read_bytes())
+    raw[100] ^= 1
+    shard.write_bytes(raw)
+    assert main(["store", "verify", str(tmp_path / "copy")]) == 1
+    assert "1 faults, 24 scans read" in capsys.readouterr().out
+
+
+def test_a_montage_without_a_page_is_refused(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["store", "info", str(store), "--montage"]) == 2
+    assert "--montage without --out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

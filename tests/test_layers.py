@@ -43,7 +43,7 @@ OWNERS = {
     "deepspeed": {"engine"},
     "mpi4py": {"world"},
     "zarr": {"store.rows", "store.chunks", "store.files", "bench"},
-    "numcodecs": {"store.shards", "store.chunks"},
+    "numcodecs": {"store.shards", "store.chunks", "store.rows", "bench"},
     "obstore": {"store.files"},
     "nibabel": {"store.sources", "phantoms", "bench"},
     "sklearn": {"probe"},

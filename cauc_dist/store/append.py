@@ -48,19 +48,21 @@ def append(
     began = time.perf_counter()
     with Workplace.open(store, (0, 1), grows=True) as place, room(store):
         old = Old.read(store)
+        if (begun := place.begun()) is not None and begun["rows"] != old.n:
+            place.clear()  # it was killed when all was done
         as_told: dict[str, Any] = old.attributes["settings"]
         as_told = {name: tuple(value) if isinstance(value, list) else value for name, value in as_told.items()}
         settings = Settings(**as_told)
         cohort = sources.open_cohort(
             source, suffix=settings.suffix, table=table, features=features, missing=missing, ranges=ranges
         )
-        cohort = _without(cohort, layout.decode_text(old.rows["ids"]), store)
+        cohort = _without(cohort, old.ids, store)
         old.refuse(cohort)
-        plan = Plan.of(
-            place.plan(request(settings, cohort), lambda: asdict(old.plan(cohort, settings)), fresh=fresh), cohort
-        )
+        asked = {**request(settings, cohort), "rows": old.n}
+        plan = Plan.of(place.plan(asked, lambda: asdict(old.plan(cohort, settings)), fresh=fresh), cohort)
         first = math.ceil(old.n / old.per)
-        job = Job(plan, place, store / "volumes", workers=workers, progress=progress, first=first, per=old.per)
+        shards = store / "volumes"
+        job = Job(plan, place, shards, workers=workers, progress=progress, first=first, per=old.per, known=old.known)
         job.write(old.form)
         ended = job.end(old.form)
         columns, metadata = old.joined(cohort.columns, [v[list(plan.at)] for v in cohort.values], first * old.per)
@@ -75,13 +77,16 @@ def add_column(store: Path, name: str, labels: Sequence[str]) -> None:
     """A column of texts, one for each usable scan in the order of `Store.ids`; readers see it when it is whole."""
     with Workplace.open(store, (0, 1), grows=True) as place, room(store):
         old = Old.read(store)
+        if (begun := place.begun()) is not None and begun["rows"] == old.n:
+            do = "Give the command of that append again first"
+            raise BadInput(f"{store} has an unfinished append", wanted="a store at rest", do=do)
         if name in old.attributes["columns"]:
             do = "Choose another name; what a run was trained on must not change"
             raise BadInput(f"{store} has a column {name}", wanted="a new one", do=do)
-        levels = tuple(sorted(set(labels)))
+        levels, codes = np.unique(labels, return_inverse=True)
         values = np.full(old.n, np.nan)
-        values[old.rows["valid"] == layout.OK] = [levels.index(label) for label in labels]
-        columns, metadata = [*old.columns, Column(name, "category", levels)], [*old.metadata, values]
+        values[old.used] = codes
+        columns, metadata = [*old.columns, Column(name, "category", tuple(levels.tolist()))], [*old.metadata, values]
         rows.write(store, old.rows, columns, metadata)
         rows.commit(store, {**old.attributes, "columns": [column.name for column in columns]})
         place.remove()
@@ -119,8 +124,9 @@ def _strata(store: Store, name: str) -> list[int]:
 
 def _grouped(values: Floats, of: NDArray[np.int64], n: int) -> list[Floats]:
     """The values of each group that are not missing."""
-    present = ~np.isnan(values)
-    return [values[present & (of == k)] for k in range(n)]
+    present = np.flatnonzero(~np.isnan(values))
+    present = present[np.argsort(of[present], kind="stable")]
+    return np.split(values[present], np.searchsorted(of[present], np.arange(1, n)))
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,21 @@ class Old:
     @property
     def n(self) -> int:
         return int(self.attributes["n"])
+
+    @property
+    def used(self) -> NDArray[np.bool_]:
+        used: NDArray[np.bool_] = self.rows["valid"] == layout.OK
+        return used
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Of the usable scans: one that was set aside may come again, mended."""
+        return layout.decode_text(self.rows["ids"][self.used])
+
+    @property
+    def known(self) -> dict[bytes, str]:
+        """The usable scans by the checksum of their source."""
+        return dict(zip(map(bytes, self.rows["checksums"][self.used]), self.ids, strict=True))
 
     @staticmethod
     def read(store: Path) -> "Old":
@@ -161,8 +182,12 @@ class Old:
             if max(len(name.encode()) for name in names) > width:
                 do = "Ingest into a new store, or shorten the names"
                 raise BadInput(f"names of more than {width} bytes", wanted="no longer ones", do=do)
-        kinds = {column.name: column.kind for column in self.columns}
-        for column in cohort.columns:
+        # A column without a value has no kind yet: tables call it numbers.
+        pairs = zip(self.columns, self.metadata, strict=True)
+        kinds = {column.name: column.kind for column, values in pairs if not np.isnan(values).all()}
+        for column, values in zip(cohort.columns, cohort.values, strict=True):
+            if np.isnan(values).all():
+                continue
             if (kind := kinds.get(column.name, column.kind)) != column.kind:
                 found, do = f"column {column.name} of {column.kind} values", "Mend the table, or rename the column"
                 raise BadInput(found, wanted=f"{kind} values, as in the store", do=do)
@@ -172,6 +197,10 @@ class Old:
         if plan.shape != self.form.shape:
             do = "Ingest them into a store of their own"
             raise BadInput(f"scans of {by(plan.shape)}", wanted=f"{by(self.form.shape)}, as in the store", do=do)
+        voxel = self.attributes["voxel_mm"]
+        if voxel and plan.voxel and not np.allclose(plan.voxel, voxel, rtol=0.01, atol=0):
+            do = "Resample them, or ingest them into a store of their own"
+            raise BadInput(f"voxels of {by(plan.voxel)} mm", wanted=f"{by(voxel)} mm, as in the store", do=do)
         return plan
 
     def longer(self, new: Mapping[str, NDArray[Any]], start: int) -> dict[str, NDArray[Any]]:
@@ -196,7 +225,10 @@ class Old:
             values[: self.n] = old
             if column.name in known:
                 other, new = known.pop(column.name)
-                column, new = _same_codes(column, other, new)
+                if np.isnan(old).all():
+                    column = replace(other, levels=column.levels)
+                if not np.isnan(new).all():
+                    column, new = _same_codes(column, other, new)
                 values[start:] = new
             out_columns.append(column)
             out_values.append(values)
@@ -208,13 +240,13 @@ class Old:
 
 def _same_codes(column: Column, other: Column, values: Floats) -> tuple[Column, Floats]:
     """The store's column with the levels that `other` adds, and the values of `other` in its codes."""
-    levels = [*column.levels, *(level for level in other.levels if level not in column.levels)]
-    codes = np.array([levels.index(level) for level in other.levels], np.float64)
+    code = {level: k for k, level in enumerate(dict.fromkeys([*column.levels, *other.levels]))}
+    codes = np.array([code[level] for level in other.levels], np.float64)
     if column.kind == "category":
         present = ~np.isnan(values)
         values = values.copy()
         values[present] = codes[values[present].astype(int)]
-    return replace(column, levels=tuple(levels)), values
+    return replace(column, levels=tuple(code)), values
 
 
 def _without(cohort: Cohort, ids: Sequence[str], store: Path) -> Cohort:

@@ -58,11 +58,14 @@ def check(
     where: str,
     *,
     sources: Path | None = None,
+    table: Path | None = None,
+    features: Path | None = None,
     threads: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verdict:
     """Read all of the store at `where`, folder or URL, and with `sources` the files that it was ingested from.
 
+    `table`, `features`: as they were given to ingest.
     Damage is a fault in the Verdict; what is not a store at all, and a network that fails, are errors as for any
     command. Memory: one row in float64 a thread.
     """
@@ -75,7 +78,8 @@ def check(
         return Verdict(where, 0, _arrays(files, error), ("the volumes were not read: mend these, then verify again",))
     cohort = None
     if sources is not None:
-        cohort = open_cohort(sources, suffix=store.attributes["settings"]["suffix"])
+        suffix = store.attributes["settings"]["suffix"]
+        cohort = open_cohort(sources, suffix=suffix, table=table, features=features)
     steps = itertools.count(1)
     total = len(store) + (len(cohort.items) if cohort else 0)
 

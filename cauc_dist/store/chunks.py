@@ -8,6 +8,8 @@ chunk and the index at the end; rows are the first axis, and all other axes are 
 """
 
 import json
+import resource
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -22,9 +24,6 @@ from cauc_dist.store.files import Bytes, File, Files, LocalFiles, RemoteFiles
 
 ABSENT = 2**64 - 1
 CRC = 4  # bytes
-OPEN_SHARDS = 256
-"""Descriptors kept: a cluster's usual limit is 1,024 a process."""
-
 Decode = Callable[[Bytes, NDArray[Any]], object]
 
 
@@ -89,6 +88,9 @@ class ThinRows:
         self.shape, self.dtype = described.shape, described.dtype
         self._files, self._name, self._decode, self._per = files, name, described.decode, described.rows
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
+        # Descriptors are few, often 1,024 a process; what is behind a URL holds none.
+        few = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        self._kept = few if isinstance(files, LocalFiles) else sys.maxsize
         self._lock = threading.Lock()
         self._scratch = threading.local()
 
@@ -124,7 +126,7 @@ class ThinRows:
         shard = self._open(k)  # outside the lock: two threads may both open it, which harms nobody
         with self._lock:
             self._shards[k] = shard
-            while len(self._shards) > OPEN_SHARDS:
+            while len(self._shards) > self._kept:
                 self._shards.popitem(last=False)
         return shard
 

@@ -9,12 +9,12 @@ Shapes: a scan is (c, *spatial), N rows.
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from cauc_dist.store.layout import Codec, Column, DType, Layout
 from cauc_dist.store.parts import Shard, Survey, write_shard
 from cauc_dist.store.planned import Plan, Settings, by, default_codec, make_plan, refuse_settings, sample
 from cauc_dist.store.shards import Form, shard_path
-from cauc_dist.store.sources import NAMED, Cohort, Item, Refused, Unusable
+from cauc_dist.store.sources import NAMED, Cohort, Item, Refused, Unusable, some
 from cauc_dist.store.workplace import Workplace, disk_full
 
 TIMED = 4  # scans that tell how long one takes
@@ -191,7 +191,8 @@ def from_arrays(
 ) -> Summary:
     """Make `store` from arrays in memory, `volumes` one at a time: (c, *spatial) each, as many as `ids`.
 
-    mask (c, *spatial) bool: packed, where every volume is 0 outside. Without: dense. As `ingest` otherwise.
+    mask (c, *spatial) bool: packed, where every volume is 0 outside. Without: dense. As `ingest` otherwise; the
+    checksum of a source that is no file is that of its row as stored.
     """
     began = time.perf_counter()
     form = Form(shape, dtype, codec or default_codec(mask, shape), mask)
@@ -199,14 +200,17 @@ def from_arrays(
     cohort = Cohort("arrays", items, tuple(columns), tuple(metadata), (), {"kind": "arrays"})
     plan = Plan(items, tuple(range(len(items))), shape, form.layout, dtype, form.codec, None, None, 1, ())
     given = iter(volumes)
+    if twice := sorted({name for name, times in Counter(ids).items() if times > 1}):
+        raise BadInput(f"{len(twice)} ids twice ({some(twice)})", wanted="one scan an id", do="Give each its own")
 
-    def take() -> tuple[NDArray[Any], bytes]:
-        x = np.ascontiguousarray(next(given))
+    def take() -> tuple[NDArray[Any], bytes | None]:
+        x = next(given)
         if x.shape != shape:
             raise Unusable(f"shape {by(x.shape)}, not {by(shape)}")
-        return x, hashlib.sha256(x.data).digest()
+        return x, None
 
     with Workplace.open(store, (0, 1)) as place, room(store):
+        place.clear()
         per = layout.rows_per_shard(len(items), form.row_bytes)
         told = []
         for k, start in enumerate(range(0, len(items), per)):
@@ -256,14 +260,23 @@ def estimate(source: Path, settings: Settings | None = None, *, workers: int | N
 
 def request(settings: Settings, cohort: Cohort) -> dict[str, Any]:
     """What must be the same for work that was begun to be gone on with: JSON's types."""
-    files = {path: path.stat() for item in cohort.items for path in item.paths}
+    files = {str(path): _state(path) for item in cohort.items for path in item.paths}
     columns = [[asdict(c), values.tobytes().hex()] for c, values in zip(cohort.columns, cohort.values, strict=True)]
     return {
         "settings": asdict(settings),
         "ids": [item.id for item in cohort.items],
-        "files": {str(path): [found.st_size, found.st_mtime_ns] for path, found in files.items()},
+        "files": files,
         "columns": columns,
     }
+
+
+def _state(path: Path) -> list[int] | None:
+    """Size and time of change; None where there is no such file: its header will say so."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]
 
 
 @contextlib.contextmanager
@@ -297,7 +310,7 @@ def attributes_of(cohort: Cohort, settings: Settings, plan: Plan, form: Form, en
         "columns": [column.name for column in cohort.columns],
         "sources": [{**cohort.described, "shapes": plan.shapes, "bytes": _bytes_in(plan)}],
         "cauc_dist": __version__,
-        "settings": {**asdict(settings), **kept, "shape": plan.shape[1:]},
+        "settings": {**asdict(settings), **kept},  # the shape as asked for: None wants scans of one shape
         "error": asdict(Error.of(ids, ended.errors[used])),
         "set_aside": ended.set_aside,
         "counted": cohort.counted,
@@ -312,7 +325,8 @@ def _each(shape: tuple[int, ...]) -> str:
 
 
 def _bytes_in(plan: Plan) -> int:
-    return sum(path.stat().st_size for path in {path for item in plan.items for path in item.paths})
+    states = [_state(path) for path in {path for item in plan.items for path in item.paths}]
+    return sum(state[0] for state in states if state)
 
 
 def summary_of(store: Path, told: Mapping[str, Any], plan: Plan, ended: Ended, seconds: float) -> Summary:
@@ -344,5 +358,5 @@ def _missing(counted: Mapping[str, Mapping[str, int]]) -> list[str]:
 def _aside(set_aside: Sequence[Refused]) -> list[str]:
     lines = [f"set aside: {name}: {reason}" for name, reason in set_aside[:NAMED]]
     if len(set_aside) > NAMED:
-        lines.append(f"set aside: {len(set_aside) - NAMED} more, all listed by `cauc store info`")
+        lines.append(f"set aside: {len(set_aside) - NAMED} more, all on the page of `cauc store info --out`")
     return lines

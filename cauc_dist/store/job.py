@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +39,7 @@ class Ended:
     set_aside: tuple[Refused, ...]
 
 
-def ended(plan: Plan, told: Sequence[Told]) -> Ended:
+def ended(plan: Plan, told: Sequence[Told], known: Mapping[bytes, str] | None = None) -> Ended:
     """The records of all shards, joined; scans whose voxels another one has are set aside here, where all are known."""
     joined = {name: np.concatenate([part[name] for part in told]) for name in told[0] if name != "size"}
     reasons, valid, seen = joined["reasons"].tolist(), joined["valid"], dict[bytes, str]()
@@ -47,6 +47,8 @@ def ended(plan: Plan, told: Sequence[Told]) -> Ended:
         if reasons[i] or item.index is not None:  # rows of one file are what they are
             continue
         first = seen.setdefault(joined["contents"][i].tobytes(), item.id)
+        if first == item.id:
+            first = (known or {}).get(joined["checksums"][i].tobytes(), item.id)
         if first != item.id:
             reasons[i], valid[i] = f"the same voxels as {first}", layout.SET_ASIDE
     bad = [(item.id, reason) for item, reason in zip(plan.items, reasons, strict=True) if reason]
@@ -75,6 +77,8 @@ class Job:
     first: int = 0
     per: int = 0
     """Rows a shard of a store that grows; 0: from the form."""
+    known: Mapping[bytes, str] = field(default_factory=dict)
+    """Scans of a store that grows, by the checksum of their source."""
 
     def form(self, wait_minutes: float) -> Form:
         """How rows are kept: known from the plan, or after a look at every scan."""
@@ -108,7 +112,7 @@ class Job:
         """Where all shards are done: what their records add up to. BadInput where that is nothing."""
         told = [self._told(shard) for shard in self.shards(form)]
         try:
-            return ended(self.plan, told)
+            return ended(self.plan, told, self.known)
         except BadInput:
             self.place.remove()  # nothing to go on with, and it would stand in the way of the mended files
             raise

@@ -49,6 +49,11 @@ class Column:
         return f"meta/{'%5F' + safe[1:] if safe.startswith('__') else safe}"
 
 
+def channels(shape: tuple[int, ...]) -> int:
+    """Statistics a scan: one set a channel; one for all features of a table's row."""
+    return shape[0] if len(shape) > 1 else 1
+
+
 def axes(dimensions: int) -> tuple[str, ...]:
     """Names of a dense row's axes with the scans' before them; images keep numpy's order of rows and columns."""
     spatial = {4: ("x", "y", "z"), 3: ("y", "x"), 1: ()}[dimensions]

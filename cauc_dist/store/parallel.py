@@ -30,7 +30,8 @@ def run(function: Callable[[Unit], Result], units: Sequence[Unit], workers: int)
         for future in as_completed([pool.submit(function, unit) for unit in units]):
             yield future.result()
     except BrokenProcessPool as error:
-        do = "If memory ran out, ask for fewer workers; what is done is kept: give the same command again"
+        do = "If memory ran out, ask for fewer workers (a script of yours needs `if __name__ == '__main__'`). "
+        do += "What is done is kept: give the same command again"
         raise BadInput("a worker process was killed", wanted="all of them to the end", do=do) from error
     finally:
         pool.shutdown(cancel_futures=True)

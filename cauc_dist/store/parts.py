@@ -16,7 +16,7 @@ from cauc_dist.store.shards import Encoder, Form, ShardWriter, shard_path
 from cauc_dist.store.sources import Item, Unusable
 
 Told = dict[str, NDArray[Any]]
-Take = Callable[[], tuple[NDArray[Any], bytes]]
+Take = Callable[[], tuple[NDArray[Any], bytes | None]]
 T = TypeVar("T")
 
 
@@ -86,15 +86,15 @@ class Shard(Part):
 
 
 def write_shard(path: Path, per: int, form: Form, takes: Sequence[Take]) -> Told:
-    """One shard of the scans that `takes` give as (x, checksum), or raise Unusable for: what is kept beside the voxels.
+    """One shard of the scans that `takes` give as (x, checksum of the source), or raise Unusable for.
 
-    A row a scan in `valid`, `stats` (7, c), `checksums`, `contents` (sha256 of the row as stored), `errors` (max_abs,
-    max_of_range, psnr_db) and `reasons` ("": it is stored); `size` of the file.
+    Returns what is kept beside the voxels: a row a scan in `valid`, `stats` (7, c), `checksums`, `contents` (sha256 of
+    the row as stored), `errors` (max_abs, max_of_range, psnr_db) and `reasons` ("": it is stored); `size` of the file.
     """
     n = len(takes)
     told: Told = {
         "valid": np.full(n, layout.SET_ASIDE, np.uint8),
-        "stats": np.zeros((n, len(layout.STATS), form.shape[0])),
+        "stats": np.zeros((n, len(layout.STATS), layout.channels(form.shape))),
         "checksums": np.zeros((n, 32), np.uint8),
         "contents": np.zeros((n, 32), np.uint8),
         "errors": np.zeros((n, 3)),
@@ -111,8 +111,9 @@ def write_shard(path: Path, per: int, form: Form, takes: Sequence[Take]) -> Told
             writer.put(j, encoded.row)
             told["valid"][j] = layout.OK
             told["stats"][j] = encoded.stats
-            told["checksums"][j] = np.frombuffer(checksum, np.uint8)
-            told["contents"][j] = np.frombuffer(hashlib.sha256(encoded.row.data).digest(), np.uint8)
+            content = hashlib.sha256(encoded.row.data).digest()
+            told["checksums"][j] = np.frombuffer(checksum or content, np.uint8)
+            told["contents"][j] = np.frombuffer(content, np.uint8)
             told["errors"][j] = encoded.max_abs, encoded.max_of_range, encoded.psnr_db
         size = writer.close()
     return told | {"reasons": np.array(reasons), "size": np.array(size)}

@@ -34,7 +34,10 @@ class Damaged(BadInput):
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """One store of format 2. `stats` holds float64 (N, c) by name: of each channel of the source, over its voxels."""
+    """One store of format 2. `stats` holds float64 (N, c) by name: of each channel of the source, over its voxels.
+
+    Of a table (N, 1): over the features of a row.
+    """
 
     where: str
     ids: tuple[str, ...]
@@ -129,6 +132,8 @@ class Store:
         """(c, *spatial) float64: the source's values as far as the store holds them, 0 outside the mask."""
         row = np.empty(self.row_shape, self.dtype)
         self.read_into(i, row)
+        if len(self.shape) == 1:
+            return row.astype(np.float64)
         out = np.zeros((self.shape[0], int(np.prod(self.shape[1:]))))
         scale, offset = self.stats["scale"][i], self.stats["offset"][i]
         if self.mask is None:

@@ -1,4 +1,4 @@
-"""What is small in a store: its rows of names, statistics and metadata, written and grown by zarr-python; the commit.
+"""What is small in a store: its rows of names, statistics and metadata, written and grown; the commit.
 
 A row array has chunks of many rows (65,536 numbers), padded and compressed: growing rewrites its last chunk, by rename,
 then its shape. A reader trusts the `n` of the group's attributes, which are written last. So a store is whole at any
@@ -13,15 +13,19 @@ from typing import Any
 
 import numpy as np
 import zarr
+from numcodecs import Zstd
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from cauc_dist.durable import replace, sync_tree
+from cauc_dist.durable import replace
 from cauc_dist.store import layout
+from cauc_dist.store.chunks import crc32c, shard_name
 from cauc_dist.store.layout import Column
 from cauc_dist.store.shards import Form
 
 Values = Mapping[str, NDArray[Any]]
+
+ZSTD = 3  # level
 
 
 def create(folder: Path, form: Form, n: int, per: int) -> None:
@@ -47,52 +51,68 @@ def create(folder: Path, form: Form, n: int, per: int) -> None:
             dimension_names=layout.axes(len(form.shape)) if form.mask is None else ("scan", "voxel"),
         )
     if form.mask is not None:
-        _put(group, "mask", form.mask)
+        _put(group, folder, "mask", form.mask)
 
 
 def write(folder: Path, rows: Values, columns: Sequence[Column], metadata: Sequence[NDArray[np.float64]]) -> None:
     """All row arrays (N, ...) and metadata columns (N,), new or longer than they were; `volumes` grows with them."""
     group = zarr.open_group(folder, mode="r+", zarr_format=3)
     n = len(rows["ids"])
-    volumes: Any = group["volumes"]
-    if volumes.shape[0] != n:
-        volumes.resize((n, *volumes.shape[1:]))
+    _tell(folder / "volumes", n)
     for name, values in rows.items():
-        _put(group, name, values)
+        _put(group, folder, name, values)
     for column, values in zip(columns, metadata, strict=True):
-        _put(group, column.array, values, asdict(column))
+        _put(group, folder, column.array, values, asdict(column))
     replace(folder / "participants.tsv", _table(rows, columns, metadata).encode())
 
 
 def commit(folder: Path, attributes: Mapping[str, Any]) -> None:
-    """Everything to disk, then the attributes, which make it a store, by one rename."""
+    """The attributes, which make a folder a store or a longer one, by one rename; all else is on the disk."""
     for left in folder.rglob("*.partial"):  # of a run that was killed
         left.unlink()
-    sync_tree(folder)
     told = json.loads((folder / "zarr.json").read_bytes())
     told["attributes"] = dict(attributes)
     replace(folder / "zarr.json", json.dumps(told, indent=1).encode())
 
 
-def _put(group: zarr.Group, name: str, values: NDArray[Any], attributes: dict[str, Any] | None = None) -> None:
-    if name in group:
-        array: Any = group[name]
-        if array.shape != values.shape:
-            array.resize(values.shape)
-        if attributes is not None and array.attrs.asdict() != json.loads(json.dumps(attributes)):
-            array.attrs.put(attributes)
-    else:
-        array = group.create_array(
+def _put(
+    group: zarr.Group, folder: Path, name: str, values: NDArray[Any], attributes: dict[str, Any] | None = None
+) -> None:
+    """Chunks by name and rename, each on the disk before it is seen: zarr-python's own writes are not synced.
+
+    All of them are written, those of fill values too (zarr-python drops these): an absent chunk always means damage.
+    """
+    per = len(values) if name == "mask" else layout.row_chunk(values[:1].nbytes)
+    fill = np.nan if values.dtype.kind == "f" else 0
+    if name not in group:
+        group.create_array(
             name,
             shape=values.shape,
-            chunks=values.shape if name == "mask" else (layout.row_chunk(values[:1].nbytes), *values.shape[1:]),
+            chunks=(per, *values.shape[1:]),
             dtype=values.dtype,
-            compressors=[ZstdCodec(level=3), Crc32cCodec()],
-            fill_value=np.nan if values.dtype.kind == "f" else 0,
+            compressors=[ZstdCodec(level=ZSTD), Crc32cCodec()],
+            fill_value=fill,
             attributes=attributes,
-            config={"write_empty_chunks": True},  # so that an absent chunk always means damage
         )
-    array[...] = values
+    for k, start in enumerate(range(0, len(values), per)):
+        chunk = np.full((per, *values.shape[1:]), fill, values.dtype)
+        part = values[start : start + per]
+        chunk[: len(part)] = part
+        data = Zstd(level=ZSTD).encode(np.ascontiguousarray(chunk))
+        path = folder / shard_name(name, k, values.ndim)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace(path, data + crc32c(np.frombuffer(data, np.uint8)).tobytes())
+    _tell(folder / name, len(values), attributes)
+
+
+def _tell(array: Path, n: int, attributes: dict[str, Any] | None = None) -> None:
+    """An array's zarr.json says n rows (never fewer than it said), and has these attributes."""
+    told = json.loads((array / "zarr.json").read_bytes())
+    wanted = {**told, "shape": [max(n, told["shape"][0]), *told["shape"][1:]]}
+    if attributes is not None:
+        wanted["attributes"] = json.loads(json.dumps(attributes))
+    if wanted != told:
+        replace(array / "zarr.json", json.dumps(wanted, indent=2).encode())
 
 
 def _table(rows: Values, columns: Sequence[Column], metadata: Sequence[NDArray[np.float64]]) -> str:

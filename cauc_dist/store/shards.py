@@ -125,19 +125,18 @@ class Encoder:
 
 
 def _features(x: NDArray[Any]) -> Encoded:
-    """A row of a table: float32, each feature a channel of one value, so that its mean is the value."""
+    """A row of a table: float32, one set of statistics for all its features."""
     if bad := np.count_nonzero(~np.isfinite(x)):
         raise Unusable(f"{bad} features are NaN or infinite")
     with np.errstate(over="ignore"):
         row = x.astype(np.float32)
     if not np.isfinite(row).all():
         raise Unusable(f"values up to {np.abs(x).max():g} do not fit f32")
-    none = np.zeros(len(x))
-    stats = np.stack([x, none, x, x, x != 0, none + 1, none]).astype(np.float64)
     # No range to compare an error with: the largest feature's size has to do.
     error, size = np.abs(row - x.astype(np.float64)), float(np.abs(x).max())
     rmse = math.sqrt(float(np.square(error).mean()))
     psnr = 20 * math.log10(size / rmse) if rmse else math.inf
+    stats = np.array([[*_summary(x, 0), 1.0, 0.0]]).T
     return Encoded(row, stats, float(error.max()), float(error.max()) / size if size else 0.0, psnr)
 
 
@@ -202,7 +201,7 @@ class ShardWriter:
     def __init__(self, path: Path, rows: int, form: Form) -> None:
         self._target = path
         self._target.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = self._target.with_name(f".{self._target.name}.partial")
+        self._temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}.partial")
         self._file = self._temporary.open("wb")
         self._index = np.full((rows, 2), ABSENT, "<u8")
         self._codec = _codec(form)

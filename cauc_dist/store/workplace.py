@@ -74,6 +74,9 @@ class Workplace:
             same = self._file(name).stat().st_ino == os.fstat(handle).st_ino
         except (BlockingIOError, FileNotFoundError) as error:
             raise refused from error
+        except OSError as error:
+            do = "Mount it with locks (Lustre: -o flock), or ingest on another disk and copy the store"
+            raise BadInput(f"{self.folder}: {error.strerror}", wanted="a disk with file locks", do=do) from error
         if not same:  # its owner has just finished and removed it
             raise refused
 
@@ -82,17 +85,25 @@ class Workplace:
         wanted = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         path = self._file("plan.json")
         with self._exclusive("plan.lock"):
-            if fresh and path.exists():
-                self._empty()
-            if not path.exists():
-                told = {"request": wanted, "plan": make()}
+            told = self.begun()
+            if told is not None and fresh and told["request"] != wanted:
+                told = None
+            if told is None:
+                self.clear()
+                told = {"request": wanted, "rows": request.get("rows", 0), "plan": make()}
                 replace(path, json.dumps(told).encode())
-            told = json.loads(path.read_bytes())
         if told["request"] != wanted:
             found = f"{self.folder} holds an unfinished ingest of other data or settings"
             do = "Give the command that began it, or --fresh to throw its work away"
             raise BadInput(found, wanted="the same source and settings", do=do)
         return told["plan"]
+
+    def begun(self) -> Any:
+        """What plan.json holds of work that was begun: request, rows of the store that grows, plan; None: nothing."""
+        try:
+            return json.loads(self._file("plan.json").read_bytes())
+        except FileNotFoundError:
+            return None
 
     def put(self, name: str, arrays: Arrays) -> None:
         """The journal: part `name` is done, with this to tell."""
@@ -114,20 +125,20 @@ class Workplace:
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[bool]:
-        """True for the one that may commit; False where another task has done it or is at it."""
+        """True for one at a time, which may commit if all is done; False where another task has committed."""
         with contextlib.ExitStack() as lock:
             try:
-                lock.enter_context(self._exclusive("finish.lock", blocking=False))
-            except (BlockingIOError, FileNotFoundError):
+                lock.enter_context(self._exclusive("finish.lock"))
+            except FileNotFoundError:
                 yield False
             else:
                 yield self.folder.exists()
 
     @contextlib.contextmanager
-    def _exclusive(self, name: str, *, blocking: bool = True) -> Iterator[None]:
+    def _exclusive(self, name: str) -> Iterator[None]:
         handle = os.open(self._file(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
+            fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
             os.close(handle)
@@ -143,7 +154,8 @@ class Workplace:
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _empty(self) -> None:
+    def clear(self) -> None:
+        """Nothing is left but locks."""
         for entry in self.folder.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)

@@ -60,6 +60,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         size = len(data)
         if span and spoilt != "ignores ranges":
             first, last = span.removeprefix("bytes=").split("-")
+            last = str(int(last) - 5) if spoilt == "gives less" else last
             data, status = data[int(first) : int(last) + 1], 206
         self.send_response(status)
         if status == 206:
@@ -176,7 +177,12 @@ def test_a_server_that_fails_once_is_asked_again(folder: Path, server: Server) -
 
 @pytest.mark.parametrize(
     ("mood", "words"),
-    [("ignores ranges", "[Rr]ange"), ("refuses", "403|Forbidden|permission"), ("hangs up", "http://")],
+    [
+        ("ignores ranges", "[Rr]ange"),
+        ("gives less", "Requested"),
+        ("refuses", "403|Forbidden|permission"),
+        ("hangs up", "http://"),
+    ],
 )
 def test_a_server_that_does_not_give_what_was_asked_is_an_error_of_the_network(
     server: Server, mood: str, words: str
@@ -212,7 +218,7 @@ def test_bytes_that_the_network_changed_are_found(folder: Path, server: Server, 
 def test_without_the_package_a_url_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(
-        BadInput, match=r"without the package obstore; .*Install it \(pip install 'cauc-dist\[remote\]'\), or"
+        BadInput, match=r"without the package obstore.*Install it \(pip install 'cauc-dist\[remote\]'\)"
     ):
         Store.open("https://example.org/s.zarr")
 
@@ -252,7 +258,7 @@ def test_descriptors_close_with_their_last_reader(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"x")
 
     def opened() -> int:
-        return [os.readlink(fd) for fd in Path("/proc/self/fd").iterdir() if fd.exists()].count(str(tmp_path / "f"))
+        return [fd.resolve() for fd in Path("/proc/self/fd").iterdir()].count((tmp_path / "f").resolve())
 
     files = [LocalFile(tmp_path / "f") for _ in range(20)]
     assert opened() == 20

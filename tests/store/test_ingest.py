@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,7 +277,7 @@ def test_a_long_list_of_set_aside_is_cut_in_the_summary_only(tmp_path: Path) -> 
     source = bids(tmp_path / "b", [noise(0)])
     table(source, "participant_id\tage\nsub-00\t1\n" + "".join(f"sub-x{i}\t1\n" for i in range(9)))
     summary = made(source, tmp_path / "s.zarr")
-    assert "set aside: 4 more, all listed by `cauc store info`" in str(summary)
+    assert "set aside: 4 more, all on the page of `cauc store info --out`" in str(summary)
     assert len(summary.set_aside) == len(Store.open(tmp_path / "s.zarr").set_aside) == 9
 
 
@@ -468,6 +470,23 @@ def test_the_same_task_twice_at_once_is_refused(tmp_path: Path) -> None:
     assert ingest(source, store, EXACT, task=(0, 2), progress=second) is None
     assert isinstance(seen[0], Summary)
     assert np.array_equal(volumes(store), [noise(i) for i in range(3)])
+
+
+def test_a_lock_that_its_owner_has_removed_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, store = bids(tmp_path / "b", [noise(0), noise(1)]), tmp_path / "s.zarr"
+    real, partial = fcntl.flock, tmp_path / ".s.zarr.partial"
+
+    def finished_and_begun_by_a_third(handle: int, how: int) -> None:
+        monkeypatch.undo()
+        shutil.rmtree(partial)
+        partial.mkdir()
+        (partial / "lock").touch()
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", finished_and_begun_by_a_third)
+    with pytest.raises(BadInput, match=r"another ingest is writing"):
+        ingest(source, store)
+    assert made(source, store).n == 2
 
 
 def test_a_store_is_never_overwritten(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,12 @@ import zarr
 
 from cauc_dist import phantoms
 from cauc_dist.errors import BadInput
+from cauc_dist.store import layout, rows
 from cauc_dist.store.ingest import from_arrays, ingest
+from cauc_dist.store.layout import Column
 from cauc_dist.store.planned import Settings
 from cauc_dist.store.reader import Damaged, Store
+from cauc_dist.store.shards import Form
 from tests.store.cohorts import change, contents, noise, shard, spans
 
 N, PER = 34, 32
@@ -22,9 +26,9 @@ N, PER = 34, 32
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reader") / "b"
     phantoms.write_cohort(folder, n=N, size=16)
-    rows = [line.split("\t") for line in (folder / "participants.tsv").read_text().splitlines()]
-    rows = [[*rows[0], "empty", "same"], *([*row, "n/a", "3"] for row in rows[1:])]
-    (folder / "participants.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
+    lines = [line.split("\t") for line in (folder / "participants.tsv").read_text().splitlines()]
+    lines = [[*lines[0], "empty", "same"], *([*line, "n/a", "3"] for line in lines[1:])]
+    (folder / "participants.tsv").write_text("".join("\t".join(line) + "\n" for line in lines))
     return folder
 
 
@@ -252,3 +256,31 @@ def test_an_array_that_is_gone_or_short_is_an_error(store: Path, name: str) -> N
     shutil.rmtree(store / name)
     with pytest.raises(Damaged, match=rf"is damaged .*No such file.*{name}/zarr.json"):
         Store.open(store)
+
+
+# ---- many rows ------------------------------------------------------------------------------------------------
+
+
+def test_a_store_of_100_000_scans_opens_in_a_moment(tmp_path: Path) -> None:
+    """Its volumes are not there: only what is read to open it."""
+    n, rng = 100_000, np.random.default_rng(0)
+    form = Form((1, 2, 2, 2), "f16", "lz4")
+    rows.create(tmp_path / "s.zarr", form, n, 1563)
+    ids = [f"sub-{i:06d}_ses-1" for i in range(n)]
+    valid = rng.choice(np.array([0, 1, 1, 1, 2], np.uint8), n)
+    values = {"ids": layout.encode_text(ids), "subjects": layout.encode_text([name[:10] for name in ids])}
+    values |= {"valid": valid, "checksums": rng.integers(0, 256, (n, 32), np.uint8)}
+    values |= {f"stats/{name}": rng.normal(size=(n, 1)) for name in layout.STATS}
+    columns = [Column("age", "number"), Column("site", "category", tuple("abc"))]
+    metadata = [rng.uniform(20, 80, n), rng.integers(0, 3, n).astype(float)]
+    rows.write(tmp_path / "s.zarr", values, columns, metadata)
+    told = {"format": layout.FORMAT, "version": layout.VERSION, "n": n, "shape": [1, 2, 2, 2], "layout": "dense"}
+    rows.commit(tmp_path / "s.zarr", {**told, "columns": ["age", "site"], "settings": {}, "set_aside": []})
+    began = time.perf_counter()
+    store = Store.open(tmp_path / "s.zarr")
+    assert time.perf_counter() - began < 4  # .3 s here
+    usable = np.flatnonzero(valid == 1)
+    assert store.ids == tuple(ids[i] for i in usable)
+    assert np.array_equal(store.metadata(["age", "site"]), np.stack(metadata, 1)[usable])
+    assert np.array_equal(store.stats["std"], values["stats/std"][usable])
+    assert len(set(store.keys.tolist())) == len(usable)

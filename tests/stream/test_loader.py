@@ -295,13 +295,14 @@ def test_wait_tells_the_seconds_the_consumer_stood_still(many: Store) -> None:
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_leaving_early_stops_the_readers(many: Store, steps: int) -> None:
     slow = Slow(many)
-    with Loader(slow, plan_of(many, 6), rank=0, world_size=1, start=0, stop=1000, threads=2) as loader:
+    with Loader(slow, plan_of(many, 6), rank=0, world_size=1, start=0, stop=1000, threads=2, prefetch=20) as loader:
         for _ in range(steps):
             next(loader)
     begun = len(slow.begun)
     time.sleep(0.05)
     assert loader_threads() == []
     assert len(slow.begun) == begun == len(slow.ended)
+    assert begun < 6 * (20 + steps)  # what was asked for and not begun is let go
     assert list(loader) == []
 
 

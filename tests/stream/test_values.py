@@ -8,7 +8,8 @@ import torch
 
 from cauc_dist.errors import BadInput
 from cauc_dist.store.reader import Store
-from cauc_dist.stream.values import GRAIN, Expand, values
+from cauc_dist.stream.loader import readers
+from cauc_dist.stream.values import Expand, values
 from tests.stream.cases import CASES, Case
 
 WAYS = [
@@ -62,26 +63,29 @@ def test_a_row_in_a_reader_s_thread_has_the_bits_of_a_batch_on_the_device(
         assert torch.equal(out, whole[i])
 
 
-def test_a_row_is_expanded_in_the_calling_thread_alone(stores: dict[str, Store]) -> None:
-    """Pieces of at most GRAIN are what ATen never shares out, also where OpenMP has threads to offer."""
+LARGE = 32768  # elements from which on ATen shares an operation out to a team of threads
+
+
+def test_reader_threads_have_no_teams_and_the_caller_keeps_its_own(stores: dict[str, Store]) -> None:
     store = stores["packed_f16"]
-    assert store.row_shape[0] > GRAIN
+    assert store.row_shape[0] > LARGE
     expand, raw = Expand(store, values(store, "volume")), as_stored(store, [0])
 
-    def made() -> tuple[int, int]:
-        """Threads that come with `row`, and with one operation on all of it: each thread has a team of its own."""
-        torch.set_num_threads(4)
-        try:
-            before = threads()
-            expand.row(raw[0], 0, torch.empty(store.shape), torch.empty(store.row_shape))
-            between = threads()
-            torch.empty(store.row_shape).copy_(torch.from_numpy(raw[0]))
-            return len(between - before), len(threads() - between)
-        finally:
-            torch.set_num_threads(1)
+    def made() -> int:
+        """Threads that come with `row`: each thread has a team of its own."""
+        before = threads()
+        expand.row(raw[0], 0, torch.empty(store.shape), torch.empty(store.row_shape))
+        return len(threads() - before)
 
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(made).result() == (0, 3)
+    torch.set_num_threads(4)
+    try:
+        with readers(2) as pool:
+            assert list(pool.map(lambda _: made(), range(4))) == [0] * 4
+        with ThreadPoolExecutor(1) as pool:  # as a thread is without that
+            assert pool.submit(made).result() == 3
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(1)
 
 
 def threads() -> set[Path]:

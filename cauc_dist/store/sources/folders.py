@@ -222,6 +222,11 @@ def _sessions(source: Path, pairs: dict[str, Key]) -> tuple[dict[str, Row], list
     return told, tables
 
 
+def _owner(id: str, whole_names: dict[str, str]) -> str:
+    """The subject of <id>.npy: the id itself where that is a participant's name."""
+    return id if id in whole_names and not id.startswith("sub-") else subject_of(id)
+
+
 # ---- <id>.npy -------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +241,7 @@ def npy(source: Path, table: Path | None, rules: Rules) -> Cohort:
     keys, left = match(scans, rows, path.name)
     refused = [(id, key) for id, key in zip(ids, keys, strict=True) if isinstance(key, str)]
     pairs = {id: key for id, key in zip(ids, keys, strict=True) if not isinstance(key, str)}
-    items = tuple(Item(id, subject_of(id) if id.startswith("sub-") else id, (files[id],)) for id in sorted(pairs))
+    items = tuple(Item(id, _owner(id, whole_names), (files[id],)) for id in sorted(pairs))
     refused += [(key[0], "no scan") for key in left]
     described = {"kind": "npy", **describe(source)}
     cohort = Cohort("npy", items, (), (), tuple(refused), described, {}, (path,))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from cauc_dist.store.sources.cohort import Header, Spacing, Unusable
 
-UNREADABLE = (OSError, EOFError, ValueError, OverflowError, zlib.error, ImageFileError, HeaderDataError)
+UNREADABLE = (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.error, ImageFileError, HeaderDataError)
 CHANNELS = 4  # a 3-D .npy whose first axis has at most as many is an image of that many channels
 SAME_MM = 1e-3  # affines of the channels of one scan may differ by this much
 
@@ -142,6 +142,8 @@ def _npy(path: Path, resample: Spacing | None, mmap: Literal["r"] | None = None)
     if resample is not None:
         raise Unusable("a .npy file has no voxel size: it cannot be resampled")
     x: NDArray[Any] = np.load(path, mmap_mode=mmap)  # pickles are refused
+    if not isinstance(x, np.ndarray):
+        raise Unusable("an archive of arrays, not one")
     _real(x.dtype)
     return x.reshape(_meant(path, x.shape))
 
