@@ -108,7 +108,7 @@ def train_step_on_a_rank(b: int, axes: int) -> dict[str, Tensor]:
     net = network(axes, plain=False)
     h = net(samples(b * world, axes, 12)[rank * b : (rank + 1) * b])
     h = h.flatten(1)[None]
-    pair_loss(AllGathered(h, h.shape[1] * dist.get_world_size()).whole(h)).backward()
+    pair_loss(AllGathered(h, [h.shape[1]] * dist.get_world_size()).whole(h)).backward()
     for p in net.parameters():
         dist.all_reduce(p.grad)
     return {name: p.grad / world for name, p in net.named_parameters() if p.grad is not None}
