@@ -1,12 +1,11 @@
 """`cauc`: from scans to a store, a trained encoder and its probes. No torch or zarr before a command needs them."""
 
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 from tyro.conf import Positional
@@ -141,7 +140,7 @@ class Ingest:
 
 def _ingest(arguments: Sequence[str]) -> int:
     options = _parse(Ingest, "ingest", arguments)
-    from cauc_dist.progress import Counter
+    from cauc_dist.progress import Counters
     from cauc_dist.store.ingest import estimate, ingest
     from cauc_dist.store.planned import Settings
 
@@ -152,7 +151,7 @@ def _ingest(arguments: Sequence[str]) -> int:
         print(estimate(options.source, settings, workers=options.workers, **metadata))
         return 0
     task = _task(options.task)
-    with Counters(Counter) as progress:
+    with Counters() as progress:
         summary = ingest(
             options.source,
             options.store,
@@ -177,27 +176,6 @@ def _task(text: str) -> tuple[int, int]:
     except ValueError:
         raise BadInput(f"--task {text}", wanted="I/N", do="e.g. --task 0/8 to --task 7/8") from None
     return i, n
-
-
-class Counters:
-    """A counter for each stage of a work, made when it begins."""
-
-    def __init__(self, kind: Any) -> None:
-        self._kind, self._open = kind, contextlib.ExitStack()
-        self._what = ""
-        self._counter: Any = None
-
-    def __enter__(self) -> "Counters":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if what != self._what:
-            self._open.close()
-            self._what, self._counter = what, self._open.enter_context(self._kind(what))
-        self._counter(done, total)
 
 
 @dataclass(frozen=True)
@@ -279,10 +257,10 @@ class Append:
 
 def _store_append(arguments: Sequence[str]) -> int:
     options = _parse(Append, "store append", arguments)
-    from cauc_dist.progress import Counter
+    from cauc_dist.progress import Counters
     from cauc_dist.store.append import append
 
-    with Counters(Counter) as progress:
+    with Counters() as progress:
         summary = append(
             options.source,
             options.store,

@@ -21,7 +21,7 @@ from cauc_dist.report import STYLE, need_matplotlib
 from cauc_dist.store.files import is_remote
 from cauc_dist.store.layout import Column
 from cauc_dist.store.reader import Store
-from cauc_dist.store.sources import some
+from cauc_dist.store.sources import by, some
 
 LINES, WIDTH, BINS, NAMED = 40, 120, 16, 4
 PICTURES = 12
@@ -92,8 +92,8 @@ def _facts(store: Store, most: int) -> list[tuple[str, str]]:
     told = store.attributes
     scans = np.unique(store.subjects, return_counts=True)[1]
     each = f"{scans.min()}" if scans.min() == scans.max() else f"{scans.min()} to {scans.max()}"
-    form = f"{store.layout} {store.dtype.name}, codec {told['settings'].get('codec')}, {_by(store.shape)}"
-    form += f", voxels of {_by(told['voxel_mm'])} mm" if told["voxel_mm"] else ""
+    form = f"{store.layout} {store.dtype.name}, codec {told['settings'].get('codec')}, {by(store.shape)}"
+    form += f", voxels of {by(told['voxel_mm'])} mm" if told["voxel_mm"] else ""
     form += f", {told['orientation']}" if told["orientation"] else ""
     form += f", {told['coverage']:.0%} of the box kept" if store.mask is not None else ""
     size = f"{_bytes(math.prod(store.row_shape) * store.dtype.itemsize)} a scan before compression"
@@ -250,10 +250,6 @@ def _plain(line: str) -> str:
 
 def _html(value: str) -> str:
     return html.escape(_plain(value))
-
-
-def _by(sides: Sequence[float]) -> str:
-    return "x".join(f"{side:g}" for side in sides)
 
 
 def _bytes(n: float) -> str:

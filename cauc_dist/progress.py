@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: a bar on a terminal, one line an epoch in a log file."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
@@ -86,3 +87,23 @@ class Counter:
         elif 4 * done // total > self._quarter:
             self._quarter = 4 * done // total
             print(f"{self._what}: {done} of {total}", flush=True)
+
+
+class Counters:
+    """A counter for each stage of a work, made when it begins: `counters(stage, done, total)`."""
+
+    def __init__(self) -> None:
+        self._open, self._what = contextlib.ExitStack(), ""
+        self._counter: Counter | None = None
+
+    def __enter__(self) -> "Counters":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._counter is None or what != self._what:
+            self._open.close()
+            self._what, self._counter = what, self._open.enter_context(Counter(what))
+        self._counter(done, total)

@@ -98,7 +98,8 @@ def train(run: RunConfig, world: World) -> None:
     plan = plan_of(run, store)
     y = torch.from_numpy(store.metadata(run.objective.columns))  # (N, k) float64: every rank knows all of it
     objective = Objective(run.objective, y[torch.from_numpy(plan.rows)])
-    engine, start, complaints = open_engine(run, world, store)
+    belongs = card(run, store)
+    engine, start, complaints = open_engine(run, world, store, belongs)
     exchange, skips = open_exchange(run, run.batch_size), 0
     total = run.epochs * plan.steps_per_epoch
     facts = derived(run, world, plan, store, engine, start)
@@ -155,7 +156,7 @@ def train(run: RunConfig, world: World) -> None:
             journal.write("step", step=step.number, epoch=step.epoch, **record)
             progress.step(step.number + 1, step.epoch, record)
             if _due(step.number + 1, plan.steps_per_epoch, run.checkpoint.every_epochs, total):
-                _save(engine, run, world, step.number + 1, store)
+                _save(engine, run, world, step.number + 1, belongs)
                 journal.write("checkpoint", step=step.number + 1)
             began = time.perf_counter()
         journal.write("end", step=total)
@@ -177,10 +178,10 @@ def own(folder: Path) -> None:
         return  # a file system without locks: nothing can be told
 
 
-def open_engine(run: RunConfig, world: World, store: Store) -> tuple[Engine, int, list[str]]:
+def open_engine(run: RunConfig, world: World, store: Store, belongs: dict[str, Any]) -> tuple[Engine, int, list[str]]:
     """The model under DeepSpeed, the step to go on from (0: from scratch), and a line for each damaged checkpoint."""
     model = build_model(run, store.shape)
-    saved, complaints = checkpoint.latest(run.folder, card(run, store))
+    saved, complaints = checkpoint.latest(run.folder, belongs)
     start = agree(saved.step if saved else 0)
     if saved:
         checkpoint.load_module(model, saved.tensors)
@@ -267,10 +268,10 @@ def _due(done: int, steps_per_epoch: int, every_epochs: int, total: int) -> bool
     return done == total or done % (steps_per_epoch * every_epochs) == 0
 
 
-def _save(engine: Engine, run: RunConfig, world: World, step: int, store: Store) -> None:
+def _save(engine: Engine, run: RunConfig, world: World, step: int, belongs: dict[str, Any]) -> None:
     tensors: Mapping[str, Tensor] = engine.state()  # a collective: all ranks
     if world.rank == 0:
-        checkpoint.save(run.folder, step, tensors, card(run, store), keep=run.checkpoint.keep)
+        checkpoint.save(run.folder, step, tensors, belongs, keep=run.checkpoint.keep)
     dist.barrier()
 
 

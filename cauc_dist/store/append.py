@@ -1,6 +1,5 @@
 """A store that grows: more scans, or one more column of metadata. It is whole for its readers at any moment."""
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -13,15 +12,15 @@ from numpy.typing import NDArray
 
 from cauc_dist.errors import BadInput
 from cauc_dist.store import layout, rows, sources
-from cauc_dist.store.chunks import whole
+from cauc_dist.store.chunks import rows_a_file, whole
 from cauc_dist.store.files import open_files
 from cauc_dist.store.ingest import Summary, attributes_of, request, room, summary_of
 from cauc_dist.store.job import Job, Progress
 from cauc_dist.store.layout import Column
-from cauc_dist.store.planned import Plan, Settings, by, make_plan
+from cauc_dist.store.planned import Plan, Settings, make_plan
 from cauc_dist.store.reader import ROW_ARRAYS, Store
 from cauc_dist.store.shards import Form
-from cauc_dist.store.sources import Cohort
+from cauc_dist.store.sources import Cohort, by
 from cauc_dist.store.workplace import Workplace
 from cauc_dist.stream.plan import parts
 
@@ -50,9 +49,7 @@ def append(
         old = Old.read(store)
         if (begun := place.begun()) is not None and begun["rows"] != old.n:
             place.clear()  # it was killed when all was done
-        as_told: dict[str, Any] = old.attributes["settings"]
-        as_told = {name: tuple(value) if isinstance(value, list) else value for name, value in as_told.items()}
-        settings = Settings(**as_told)
+        settings = Settings.of(old.attributes["settings"])
         cohort = sources.open_cohort(
             source, suffix=settings.suffix, table=table, features=features, missing=missing, ranges=ranges
         )
@@ -170,7 +167,7 @@ class Old:
             columns=opened.columns,
             metadata=tuple(whole(files, column.array, told["n"])[0] for column in opened.columns),
             form=Form(opened.shape, settings["dtype"], settings["codec"], opened.mask),
-            per=json.loads(files.read("volumes/zarr.json"))["chunk_grid"]["configuration"]["chunk_shape"][0],
+            per=rows_a_file(files, "volumes"),
         )
 
     def refuse(self, cohort: Cohort) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cauc_dist.errors import BadInput
 from cauc_dist.store import layout
-from cauc_dist.store.chunks import shard_name, whole
+from cauc_dist.store.chunks import rows_a_file, shard_name, whole
 from cauc_dist.store.files import Files, is_remote, open_files
 from cauc_dist.store.layout import Column
 from cauc_dist.store.reader import AGAIN, ROW_ARRAYS, Damaged, Store
@@ -135,7 +135,7 @@ def _small(store: Store, files: Files) -> Iterator[Fault]:
 def _rows(store: Store, files: Files, results: Iterable[tuple[str, bool] | None]) -> Iterator[Fault]:
     """Faults of rows in their order; what befalls a shard is said once for all its scans."""
     at = np.flatnonzero(whole(files, "valid", int(store.attributes["n"]))[0] == layout.OK)
-    per = json.loads(files.read("volumes/zarr.json"))["chunk_grid"]["configuration"]["chunk_shape"][0]
+    per = rows_a_file(files, "volumes")
     kept: dict[tuple[str, str], list[str]] = defaultdict(list)
     for i, found in enumerate(results):
         if found is not None:

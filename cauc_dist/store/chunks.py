@@ -69,6 +69,11 @@ def whole(files: Files, name: str, n: int) -> tuple[NDArray[Any], dict[str, Any]
     return out, described.attributes
 
 
+def rows_a_file(files: Files, name: str) -> int:
+    """Rows of the array that lie in one file: a shard, or a chunk where there are none."""
+    return int(_metadata(files, name)["chunk_grid"]["configuration"]["chunk_shape"][0])
+
+
 def open_rows(files: Files, name: str) -> Rows:
     """The large array: by the thin reader where it knows the chain, else by zarr-python."""
     described = _described(_metadata(files, name), sharded=True)

@@ -29,9 +29,9 @@ from cauc_dist.store import layout, rows, sources
 from cauc_dist.store.job import Ended, Job, Progress, ended, workers_for
 from cauc_dist.store.layout import Codec, Column, DType, Layout
 from cauc_dist.store.parts import Shard, Survey, write_shard
-from cauc_dist.store.planned import Plan, Settings, by, default_codec, make_plan, refuse_settings, sample
+from cauc_dist.store.planned import Plan, Settings, default_codec, make_plan, refuse_settings, sample
 from cauc_dist.store.shards import Form, shard_path
-from cauc_dist.store.sources import NAMED, Cohort, Item, Refused, Unusable, some
+from cauc_dist.store.sources import NAMED, Cohort, Item, Refused, Unusable, by, some
 from cauc_dist.store.workplace import Workplace, disk_full
 
 TIMED = 4  # scans that tell how long one takes
@@ -167,12 +167,7 @@ def ingest(
             if not mine or not job.complete(form):
                 return None
             ended = job.end(form)
-            metadata = [values[list(plan.at)] for values in cohort.values]
-            rows.create(place.building, form, len(plan.items), job.rows_a_shard(form))
-            rows.write(place.building, ended.rows, cohort.columns, metadata)
-            told = attributes_of(cohort, settings, plan, form, ended)
-            rows.commit(place.building, told)
-            place.publish()
+            told = _publish(place, cohort, settings, plan, form, ended, job.rows_a_shard(form))
     return summary_of(store, told, plan, ended, time.perf_counter() - began)
 
 
@@ -217,12 +212,20 @@ def from_arrays(
             path = shard_path(place.building / "volumes", k, form)
             told.append(write_shard(path, per, form, [take] * len(items[start : start + per])))
         result = ended(plan, told)
-        rows.create(place.building, form, len(items), per)
-        rows.write(place.building, result.rows, columns, metadata)
-        attributes = attributes_of(cohort, Settings(), plan, form, result)
-        rows.commit(place.building, attributes)
-        place.publish()
+        attributes = _publish(place, cohort, Settings(), plan, form, result, per)
     return summary_of(store, attributes, plan, result, time.perf_counter() - began)
+
+
+def _publish(
+    place: Workplace, cohort: Cohort, settings: Settings, plan: Plan, form: Form, ended: Ended, per: int
+) -> dict[str, Any]:
+    """The shards become a store of their rows and metadata, and get its name; its attributes."""
+    told = attributes_of(cohort, settings, plan, form, ended)
+    rows.create(place.building, form, len(plan.items), per)
+    rows.write(place.building, ended.rows, cohort.columns, [values[list(plan.at)] for values in cohort.values])
+    rows.commit(place.building, told)
+    place.publish()
+    return told
 
 
 def estimate(source: Path, settings: Settings | None = None, *, workers: int | None = None, **options: Any) -> Estimate:
@@ -301,7 +304,7 @@ def attributes_of(cohort: Cohort, settings: Settings, plan: Plan, form: Form, en
         "version": layout.VERSION,
         "n": len(plan.items),
         "shape": plan.shape,
-        "layout": kept["layout"],
+        "layout": form.layout,
         "coverage": 1.0 if form.mask is None else float(form.mask.mean()),
         "axes": layout.axes(len(plan.shape)),
         "orientation": "RAS" if len(plan.shape) == 4 else None,

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from cauc_dist.errors import BadInput
 from cauc_dist.store import layout
-from cauc_dist.store.parallel import cores, run
+from cauc_dist.store.parallel import run
 from cauc_dist.store.parts import Part, Shard, Survey, Told, do
 from cauc_dist.store.planned import Plan, refuse_nothing
 from cauc_dist.store.shards import Form
 from cauc_dist.store.sources import Refused
 from cauc_dist.store.workplace import Workplace
+from cauc_dist.world import cores
 
 Progress = Callable[[str, int, int], None]
 """(what, scans done, of how many), in the calling thread."""

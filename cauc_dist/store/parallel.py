@@ -37,10 +37,6 @@ def run(function: Callable[[Unit], Result], units: Sequence[Unit], workers: int)
         pool.shutdown(cancel_futures=True)
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def _end_with_parent() -> None:
     """An orphan would go on writing beside the run that takes its work over."""
     parent = multiprocessing.parent_process()

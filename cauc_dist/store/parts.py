@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(ABC):
     """Some items, and how they are read: as (c, *spatial) of `shape`."""
 
     name: str
@@ -34,8 +35,9 @@ class Part:
         """The scan in its window; raises Unusable."""
         return central(sources.read(item, self.resample), self.shape[1:])
 
+    @abstractmethod
     def do(self) -> Told:
-        raise NotImplementedError
+        """What the journal keeps."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from cauc_dist.store import layout, sources
 from cauc_dist.store.layout import Codec, DType, Layout
 from cauc_dist.store.parts import Survey, coverage, or_reason
 from cauc_dist.store.shards import Form
-from cauc_dist.store.sources import Cohort, Header, Item, Refused, some
+from cauc_dist.store.sources import Cohort, Header, Item, Refused, by, some
 
 SAMPLE = 16
 """Scans that tell whether a survey of all is worth while."""
@@ -35,6 +35,16 @@ class Settings:
     codec: Codec | Literal["auto"] = "auto"
     suffix: tuple[str, ...] = ("T1w",)
     resample: Spacing | None = None
+
+    @staticmethod
+    def of(told: dict[str, Any]) -> "Settings":
+        """From JSON's types."""
+        return Settings(**_tuples(told))
+
+
+def _tuples(told: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where ours are tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
 
 
 def refuse_settings(settings: Settings, task: tuple[int, int]) -> None:
@@ -68,7 +78,7 @@ class Plan:
     @staticmethod
     def of(told: dict[str, Any], cohort: Cohort) -> "Plan":
         """From JSON's types; items are taken from the cohort."""
-        told = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+        told = _tuples(told)
         told["set_aside"] = tuple((name, reason) for name, reason in told["set_aside"])
         return Plan(**told | {"items": tuple(cohort.items[i] for i in told["at"])})
 
@@ -201,7 +211,3 @@ def refuse_nothing(kept: int, bad: Sequence[Refused]) -> None:
     if not kept:
         found = f"no scan can be used ({some([f'{name}: {why}' for name, why in bad], '; ')})"
         raise BadInput(found, wanted="one at least", do="Mend what is named, then ingest again")
-
-
-def by(sides: Any) -> str:
-    return "x".join(f"{side:g}" for side in sides)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cauc_dist.errors import BadInput, nearest
 from cauc_dist.store import layout
-from cauc_dist.store.chunks import Rows, open_rows, shard_name, whole
+from cauc_dist.store.chunks import Rows, open_rows, rows_a_file, shard_name, whole
 from cauc_dist.store.files import Files, is_remote, open_files
 from cauc_dist.store.layout import Column, Layout
 
@@ -221,8 +221,8 @@ def _open(files: Files, attributes: dict[str, Any]) -> Store:
 
 def _chunks(files: Files, name: str, n: int, dimensions: int) -> list[str]:
     """zarr.json and the chunks (shards) of an array that hold its first n rows."""
-    size = json.loads(files.read(f"{name}/zarr.json"))["chunk_grid"]["configuration"]["chunk_shape"][0]
-    return [f"{name}/zarr.json", *(shard_name(name, k, dimensions) for k in range(math.ceil(n / size)))]
+    shards = range(math.ceil(n / rows_a_file(files, name)))
+    return [f"{name}/zarr.json", *(shard_name(name, k, dimensions) for k in shards)]
 
 
 def _damaged(what: str, error: object) -> Damaged:

@@ -4,7 +4,7 @@ Where things are: `cohort` the types, `opened` which source it is, `folders` BID
 of features, `cifar` CIFAR-100, `tables` metadata, `scans` the voxels.
 """
 
-from cauc_dist.store.sources.cohort import NAMED, Cohort, Header, Item, Refused, Unusable, some
+from cauc_dist.store.sources.cohort import NAMED, Cohort, Header, Item, Refused, Unusable, by, some
 from cauc_dist.store.sources.opened import checksum, header, open_cohort, read
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Item",
     "Refused",
     "Unusable",
+    "by",
     "checksum",
     "header",
     "open_cohort",

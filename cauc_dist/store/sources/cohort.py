@@ -65,3 +65,8 @@ class Cohort:
 def some(texts: Sequence[str], separator: str = ", ") -> str:
     rest = f"{separator}and {len(texts) - NAMED} more" if len(texts) > NAMED else ""
     return separator.join(texts[:NAMED]) + rest
+
+
+def by(sides: Any) -> str:
+    """80x96x80."""
+    return "x".join(f"{side:g}" for side in sides)

@@ -20,7 +20,7 @@ from nibabel.spaces import vox2out_vox
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
-from cauc_dist.store.sources.cohort import Header, Spacing, Unusable
+from cauc_dist.store.sources.cohort import Header, Spacing, Unusable, by
 
 UNREADABLE = (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.error, ImageFileError, HeaderDataError)
 CHANNELS = 4  # a 3-D .npy whose first axis has at most as many is an image of that many channels
@@ -171,7 +171,3 @@ def _meant(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _native(x: NDArray[Any]) -> NDArray[Any]:
     """Machine byte order; truth values as 0 and 1."""
     return x.astype(np.uint8 if x.dtype.kind == "b" else x.dtype.newbyteorder("="), copy=False)
-
-
-def by(sides: Any) -> str:
-    return "x".join(f"{side:g}" for side in sides)
