@@ -220,15 +220,27 @@ class Objective:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW, no decay on norms and biases, linear warm-up then cosine to zero (or constant)."""
+    """No decay on norms and biases; linear warm-up, then cosine to zero (or constant)."""
 
+    name: Literal["adamw", "adam", "sgd", "lars"] = "adamw"
+    """adam: weight decay as an L2 term in the gradient, as published code has it. lars: layer-wise rates for batches of
+    thousands (arXiv 1708.03888), with zero_stage 0."""
     lr: float = 1e-3
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """What becomes of `lr` where batch_size is not `reference_batch`: times their ratio, or its root."""
+    reference_batch: int | None = None
+    """The batch size that `lr` was chosen for."""
     weight_decay: float = 5e-5
     betas: tuple[float, float] = (0.9, 0.999)
+    """adamw and adam."""
+    momentum: float = 0.9
+    """sgd and lars."""
     warmup_epochs: float = 1.0
     schedule: Literal["cosine", "constant"] = "cosine"
     clip_norm: float = 0.0
     """Clip the global gradient norm; 0: off."""
+    ema: float = 0.0
+    """Keep a moving average of the weights with this decay (e.g. .999), for probes and export; 0: off."""
 
 
 @dataclass(frozen=True)
@@ -237,20 +249,44 @@ class Engine:
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """bf16: autocast of the encoder; weights, embeddings and loss stay fp32. fp64, stage 0: for checks."""
+    encode_chunk: int | Literal["auto"] | None = None
+    """Subjects of a rank that are encoded at once (GradCache, arXiv 2101.06983): the batch is bounded by time, not by
+    memory. Two passes, so 1.3 to 1.45 times a step's time. auto: as many as fit in memory_gib. None: all of them."""
+    memory_gib: float | None = None
+    """Memory a rank may use; default: of a GPU 90 % of what is free, on CPUs the rank's share of half of what is free."""
+    recompute: bool = False
+    """Activation checkpointing: keep what lies between an encoder's blocks, compute the rest again."""
+    channels_last: bool = False
+    """Channels innermost in memory, which convolutions on GPUs prefer."""
+    compile: bool = False
+    """torch.compile of the encoder."""
+    deepspeed: str | None = None
+    """A JSON file of further DeepSpeed settings (e.g. comms_logger, bucket sizes); none that are derived here."""
     threads: int = 0
     """CPU threads a rank for torch; 0: OMP_NUM_THREADS, or the cores of the machine divided by its ranks."""
     exchange: Literal["all_gather", "ring"] = "all_gather"
     """How embeddings reach the other ranks. ring: where those of the whole batch do not fit on every GPU."""
     wire: Literal["fp32", "fp16"] = "fp32"
     """Precision of embeddings on the way; fp16 halves the bytes; cosines move by 3e-5 rms (docs/losses.md)."""
-    timeout_minutes: float = 10.0
-    """A collective that waits longer than this ends the run."""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradient is not finite: end the run, or be left out, and counted."""
+    start_minutes: float = 30.0
+    """A collective up to the end of the first step that waits longer ends the run: compiling, copying, slow disks."""
+    timeout_minutes: float = 5.0
+    """The same after the first step."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     every_epochs: int = 5
     keep: int = 2
+    """The newest so many stay."""
+    best: bool = False
+    """The one with the smallest mean loss since the one before stays too."""
+    background: bool = False
+    """Write the files while training goes on."""
 
 
 @dataclass(frozen=True)
