@@ -255,7 +255,7 @@ class Engine:
     """Subjects of a rank that are encoded at once (GradCache, arXiv 2101.06983): the batch is bounded by time, not by
     memory. Two passes, so 1.3 to 1.45 times a step's time. auto: as many as fit in memory_gib. None: all of them."""
     memory_gib: float | None = None
-    """Memory a rank may use; default: of a GPU 90 % of what is free, on CPUs the rank's share of half of what is free."""
+    """Memory that a rank may use; default: 90 % of what its GPU has free, or its share of half of the CPU's."""
     recompute: bool = False
     """Activation checkpointing: keep what lies between an encoder's blocks, compute the rest again."""
     channels_last: bool = False

@@ -3,8 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
-# Exit codes: input that cannot be worked on; a loss or gradient that is not a number; done, some scans set aside.
-BAD_INPUT, NON_FINITE, SET_ASIDE = 2, 3, 4
+# Exit codes: input that cannot be worked on; a loss or gradient that is not a number; done, some scans set aside;
+# stopped by a signal, after a checkpoint; another rank is gone.
+BAD_INPUT, NON_FINITE, SET_ASIDE, STOPPED, LOST = 2, 3, 4, 5, 6
 
 
 class BadInput(ValueError):
