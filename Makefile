@@ -14,7 +14,7 @@ test: $(READY) $(VENV)/triton  ## the whole test suite
 	$(BIN)/python -m pytest
 
 faults: $(READY)  ## killed, full, damaged, twice at once: as the tests, many times each; results in benchmarks/results
-	CAUC_FAULTS=full $(BIN)/python -m pytest tests/test_faults.py
+	CAUC_FAULTS=full $(BIN)/python -m pytest tests/test_faults*.py
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

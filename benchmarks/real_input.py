@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from cauc_dist import elastic, journal, recipes
+from cauc_dist import journal, recipes, spawn
 from cauc_dist.prepare import prepare
 from cauc_dist.probe import Score, Table, balanced_accuracy, interval, probe
 from cauc_dist.provenance import provenance
@@ -42,7 +42,7 @@ def one(study: str, method: str, seed: int, fold: int, work: Path, ranks: int) -
         data = dataclasses.replace(recipe.data, store=work / f"{study}.zarr", fold=fold)
         prepare(dataclasses.replace(recipe, run=folder, seed=seed, data=data), ranks)
     ended = any(event["event"] == "end" for event in journal.read(folder))
-    if not ended and elastic.start(ranks, str(folder)) != 0:
+    if not ended and spawn.start(ranks, str(folder)) != 0:
         sys.exit(f"{folder} failed")
     return probe([folder], voxels=seed == 0)
 

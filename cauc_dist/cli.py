@@ -1,11 +1,13 @@
 """`cauc`: from scans to a store, a trained encoder and its probes. No torch or zarr before a command needs them."""
 
 import dataclasses
+import json
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 from tyro.conf import Positional
@@ -13,6 +15,9 @@ from tyro.conf import Positional
 from cauc_dist import config
 from cauc_dist.config import RunConfig
 from cauc_dist.errors import BAD_INPUT, SET_ASIDE, BadInput, nearest
+
+if TYPE_CHECKING:
+    from cauc_dist.world import World
 
 COMMANDS = {
     "demo": "the whole chain on a synthetic cohort: data, store, three trainings, probes, report",
@@ -22,6 +27,7 @@ COMMANDS = {
     "train": "pre-train an encoder: a recipe (or a run's config.json), any field overridden, on --ranks processes",
     "resume": "go on with a run from its newest sound checkpoint",
     "probe": "linear probes of frozen features on held-out subjects, beside an untrained encoder",
+    "export": "the encoder of a run's newest sound checkpoint, alone, for cauc_dist.load_encoder",
     "report": "one HTML page: the probe table and the curves of one or several runs",
     "verify": "on this machine, every objective on --ranks processes against one: value and gradient",
     "bench": "bench data: how fast scans are read, beside other ways of reading them",
@@ -54,16 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise BadInput(f"no command {arguments[0]!r}", wanted="a command", do=nearest(arguments[0], COMMANDS))
         command: Callable[[Sequence[str]], int] = globals()[f"_{arguments[0].replace('-', '_')}"]
         return command(arguments[1:])
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except OSError as error:
-        print(f"error: {error}. Check the path, its permissions and the disk.", file=sys.stderr)
-        return BAD_INPUT
+    except (BadInput, OSError) as error:
+        return _explain(error)
     except KeyboardInterrupt:
         do = "" if arguments[0] == "verify" else "; `cauc resume RUN` goes on from the last checkpoint"
         print(f"interrupted{do}", file=sys.stderr)
         return 130
+
+
+def _explain(error: BadInput | OSError) -> int:
+    """Say what is wrong; the exit code."""
+    do = "" if isinstance(error, BadInput) else ". Check the path, its permissions and the disk."
+    print(f"error: {error}{do}", file=sys.stderr)
+    return BAD_INPUT
 
 
 def _help() -> str:
@@ -380,13 +389,17 @@ class Train:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     preset: str | None = None
     """A published set of transforms instead of the recipe's: all_tf, cutout, crop, simclr_2d."""
-    ranks: int = 1
-    """Processes on this machine."""
+    ranks: int | None = None
+    """Processes on this machine; default: 1, or those that srun, mpiexec or torchrun started."""
     start: bool = True
     """--no-start: only check, and write the run folder; start its ranks yourself (docs/running.md)."""
 
 
 def _train(arguments: Sequence[str]) -> int:
+    return _start(lambda world: _new(arguments, world))
+
+
+def _new(arguments: Sequence[str], world: "World") -> tuple[Path, int, int] | None:
     from cauc_dist import recipes
 
     if not arguments or arguments[0].startswith("-"):
@@ -400,14 +413,12 @@ def _train(arguments: Sequence[str]) -> int:
     if options.preset is not None:
         base = dataclasses.replace(base, augment=_preset(options.preset))
         options = _parse(Train, "train", arguments[1:], default=Train(base))
-    _at_least_one(options.ranks)
+    ranks = _ranks(options.ranks, world)
     from cauc_dist.prepare import prepare
 
-    folder = prepare(options.config, options.ranks)
+    folder = prepare(options.config, ranks, _here(world))
     _say(f"run folder {folder}")
-    if not options.start:
-        return 0
-    return _start(folder, options.ranks, options.config.engine.threads)
+    return (folder, ranks, options.config.engine.threads) if options.start else None
 
 
 def _recipe(name: str) -> RunConfig:
@@ -427,22 +438,44 @@ def _from_file(path: Path) -> RunConfig:
 class Resume:
     run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run folder."""
-    ranks: int = 1
-    """Processes on this machine; any number that divides the batch, whatever the run began with."""
+    ranks: int | None = None
+    """Processes on this machine, whatever number the run began with; default as for `train`."""
 
 
 def _resume(arguments: Sequence[str]) -> int:
+    return _start(lambda world: _old(arguments, world))
+
+
+def _old(arguments: Sequence[str], world: "World") -> tuple[Path, int, int]:
     options = _parse(Resume, "resume", arguments)
-    _at_least_one(options.ranks)
+    ranks = _ranks(options.ranks, world)
     from cauc_dist import checkpoint
     from cauc_dist.prepare import check, check_store, load
     from cauc_dist.train import card
 
     run = load(options.run)
-    store = check(run, options.ranks)
+    store = check(run, ranks, _here(world))
     check_store(options.run, store)
     checkpoint.latest(options.run, card(run, store))  # refuse here, once, not on every rank
-    return _start(options.run, options.ranks, run.engine.threads)
+    return options.run, ranks, run.engine.threads
+
+
+def _ranks(asked: int | None, world: "World") -> int:
+    """How many processes train: those that were asked for, or that a launcher has started."""
+    if asked is not None and world.world_size > 1 and asked != world.world_size:
+        raise BadInput(
+            f"--ranks {asked} on each of {world.world_size} processes that are ranks already ({world.source})",
+            wanted="ranks that are started once",
+            do="leave --ranks out, or start one process (srun -n 1, no mpiexec, no torchrun)",
+        )
+    ranks = world.world_size if asked is None else asked
+    _at_least_one(ranks)
+    return ranks
+
+
+def _here(world: "World") -> int | None:
+    """How many of a launcher's ranks are on this host; None: there is no launcher."""
+    return world.local_size if world.world_size > 1 else None
 
 
 def _at_least_one(ranks: int) -> None:
@@ -450,10 +483,55 @@ def _at_least_one(ranks: int) -> None:
         raise BadInput(f"--ranks {ranks}", wanted="1 or more processes", do="e.g. --ranks 2")
 
 
-def _start(folder: Path, ranks: int, threads: int) -> int:
-    from cauc_dist import elastic
+Ready = Callable[["World"], tuple[Path, int, int] | None]
+"""Check and write a run folder: the folder, its ranks, their threads; None where it is not to be started."""
 
-    return elastic.start(ranks, str(folder), threads=threads)
+
+def _start(ready: Ready) -> int:
+    """Start the ranks of what is ready, or be one of them, where a launcher has started this process as a rank."""
+    from cauc_dist.world import World
+
+    world = World.from_env()
+    if world.world_size > 1:
+        return _be_a_rank(world, ready)
+    job = ready(world)
+    if job is None:
+        return 0
+    from cauc_dist import spawn
+
+    folder, ranks, threads = job
+    return spawn.start(ranks, str(folder), threads=threads)
+
+
+def _be_a_rank(world: "World", ready: Ready) -> int:
+    """Rank 0 alone checks, writes and prints; the others hear its exit code, and the folder where there is one."""
+    code = 1
+    try:
+        told, folder = json.loads(world.tell(lambda: json.dumps(_checked(world, ready))))
+        code = _train_here(folder) if folder else told
+    finally:
+        world.end(code)
+    return code
+
+
+def _train_here(folder: str) -> int:
+    from cauc_dist.train import main
+
+    return main(folder)
+
+
+def _checked(world: "World", ready: Ready) -> tuple[int, str]:
+    """(exit code, run folder or nothing). Whatever happens, the other ranks wait for it."""
+    try:
+        job = ready(world)
+    except (BadInput, OSError) as error:
+        return _explain(error), ""
+    except SystemExit as end:  # --help, or options that are none
+        return int(end.code or 0), ""
+    except Exception:
+        traceback.print_exc()
+        return 1, ""
+    return 0, str(job[0].absolute()) if job else ""
 
 
 @dataclass(frozen=True)
@@ -477,6 +555,22 @@ def _probe(arguments: Sequence[str]) -> int:
     table = probe(runs, options.columns, voxels=options.voxels, say=_say)
     (options.out or runs[0] / "probe.json").write_text(table.to_json(), encoding="utf-8")
     print(table)
+    return 0
+
+
+@dataclass(frozen=True)
+class Export:
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Run folder."""
+    out: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Folder to make: encoder.safetensors and config.json."""
+
+
+def _export(arguments: Sequence[str]) -> int:
+    options = _parse(Export, "export", arguments)
+    from cauc_dist.export import export
+
+    print(f"wrote {export(options.run, options.out, say=_say)}: cauc_dist.load_encoder opens it")
     return 0
 
 
@@ -525,12 +619,12 @@ class Verify:
 def _verify(arguments: Sequence[str]) -> int:
     options = _parse(Verify, "verify", arguments)
     _at_least_one(options.ranks)
-    from cauc_dist import elastic
+    from cauc_dist import spawn
     from cauc_dist.verify import check
 
     check(options.device, options.ranks)
     chosen = ("--device", options.device, "--exchange", options.exchange)
-    return elastic.start(options.ranks, *chosen, module="cauc_dist.verify")
+    return spawn.start(options.ranks, *chosen, module="cauc_dist.verify")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cauc_dist import elastic, phantoms, recipes
+from cauc_dist import phantoms, recipes, spawn
 from cauc_dist.errors import BadInput
 from cauc_dist.prepare import prepare
 from cauc_dist.probe import Table, probe
@@ -42,7 +42,7 @@ def demo(folder: Path, *, subjects: int, size: int, ranks: int, seed: int, say: 
         recipe = recipes.get(name)
         data = dataclasses.replace(recipe.data, store=str(folder / "store.zarr"))
         run = prepare(dataclasses.replace(recipe, run=folder / name, seed=seed, data=data), ranks)
-        code = elastic.start(ranks, str(run))
+        code = spawn.start(ranks, str(run))
         if code != 0:
             return code
         runs.append(run)

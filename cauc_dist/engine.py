@@ -3,57 +3,88 @@
 DeepSpeed gives one engine for ZeRO 0-3 and AVERAGES parameter gradients over ranks (see gather.py).
 """
 
+import json
 import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cauc_dist.config import Optim, RunConfig
+from cauc_dist import optimisers
+from cauc_dist.config import RunConfig
+from cauc_dist.errors import BadInput
+from cauc_dist.stream.plan import per_rank
 from cauc_dist.world import World
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, beside its step count
+OPEN = ("comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "communication_data_type")
+"""Settings of DeepSpeed that a user's file may hold, beside `zero_optimization`; the others are derived here."""
 
 
 def deepspeed_config(run: RunConfig, world: World) -> dict[str, Any]:
-    """What DeepSpeed is told, whole: it ignores unknown keys and has defaults that change gradients in silence."""
-    return {
-        "train_micro_batch_size_per_gpu": run.batch_size // world.world_size,
+    """What DeepSpeed is told, whole: it ignores unknown keys and has defaults that change gradients in silence.
+
+    BadInput where the file `engine.deepspeed` is none, or holds what is derived here or is not known.
+    """
+    derived = {
+        "train_micro_batch_size_per_gpu": per_rank(run.batch_size, world.world_size)[0],
         "gradient_accumulation_steps": 1,
         "gradient_clipping": run.optim.clip_norm,  # 1.0 where it is not said
         "zero_optimization": {"stage": run.engine.zero_stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+    if run.engine.deepspeed is None:
+        return derived
+    given = _read(run.engine.deepspeed)
+    zero = given.pop("zero_optimization", {})
+    closed = sorted({*(set(given) - set(OPEN)), *({"zero_optimization.stage"} if "stage" in zero else ())})
+    if closed:
+        raise BadInput(
+            f"{run.engine.deepspeed} holds {', '.join(closed)}",
+            wanted=f"zero_optimization (without its stage), {', '.join(OPEN)}: the others are derived from the run",
+            do="leave it out; --engine and --optim have a field for what a run may choose",
+        )
+    _check_zero(run.engine.deepspeed, zero)
+    return {**derived, **given, "zero_optimization": {**zero, "stage": run.engine.zero_stage}}
 
 
-def learning_rate(optim: Optim, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """Linear warm-up from 0 over `warmup_epochs`, then a half cosine to 0 at the end, or constant."""
-    warmup = optim.warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return optim.lr * min(1.0, (step + 1) / max(1.0, warmup))
-    if optim.schedule == "constant":
-        return optim.lr
-    done = (step - warmup) / max(1.0, epochs * steps_per_epoch - warmup)
-    return optim.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+def _read(path: str) -> dict[str, Any]:
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: {error}", wanted="a JSON file", do="mend it, or leave it out") from None
+    if not isinstance(found, dict) or not isinstance(found.get("zero_optimization", {}), dict):
+        raise BadInput(f"{path} holds no settings", wanted="a JSON object", do="mend it, or leave it out")
+    return found
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and filters decay; norms and biases (vectors and scalars) do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def _check_zero(path: str, zero: dict[str, Any]) -> None:
+    """DeepSpeed's own model of these settings refuses what it does not know."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise BadInput(
+            f"{path}: zero_optimization.{place} ({first['msg']})", wanted="a setting of ZeRO", do="mend it"
+        ) from None
 
 
 class Engine:
-    """A model under DeepSpeed: forward, backward, step, and its full state in and out.
+    """A model under DeepSpeed: forward, backward, update, and its full state in and out.
+
+        z = engine(x)
+        engine.backward([loss], 1)
+        norm = engine.update(lr)
 
     Parameters are those of `model` when it is handed in, the same on every rank. Needs a process group.
     """
@@ -61,18 +92,40 @@ class Engine:
     def __init__(self, model: nn.Module, run: RunConfig, world: World, device: torch.device) -> None:
         deepspeed = _import_deepspeed(device)
         self.parameters = sum(p.numel() for p in model.parameters())  # before ZeRO 3 takes them apart
+        self.config = deepspeed_config(run, world)
         os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed insists on it, whatever started the ranks
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, run.optim.weight_decay),
-            lr=run.optim.lr,
-            betas=run.optim.betas,
-            fused=device.type == "cuda",
-        )
+        double = run.engine.precision == "fp64"
+        model = model.to(device, torch.float64 if double else None)
+        optimizer = optimisers.make(run.optim, model, run.optim.lr, fused=device.type == "cuda")
         self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=model.to(device), optimizer=optimizer, config=deepspeed_config(run, world), dist_init_required=False
+            model=model, optimizer=optimizer, config=self.config, dist_init_required=False
         )
+        self._check(run)
+        if double:
+            self._reduce_in_float64()
         self._stage, self._world = run.engine.zero_stage, world
+        self._moments = optimisers.moments(run.optim)
+        self._decay = run.optim.ema
+        self._average = {n: p.detach().clone() for n, p in model.named_parameters()} if self._decay else {}
         self.device = device
+
+    def _check(self, run: RunConfig) -> None:
+        """RuntimeError where DeepSpeed understood something else than it was told."""
+        engine = self._engine
+        found = (engine.zero_optimization_stage(), engine.gradient_clipping(), engine.gradient_accumulation_steps())
+        wanted = (run.engine.zero_stage, run.optim.clip_norm, 1)
+        if found != wanted:
+            raise RuntimeError(f"DeepSpeed has (ZeRO stage, clipping, accumulation) {found}; wanted {wanted}")
+
+    def _reduce_in_float64(self) -> None:
+        """DeepSpeed would send fp32, and refuses float64, for no reason that stage 0 has."""
+        from deepspeed.accelerator import get_accelerator
+
+        self._engine._config.communication_data_type = torch.float64
+        accelerator = get_accelerator()
+        known = accelerator.supported_dtypes()
+        if torch.float64 not in known:
+            accelerator.supported_dtypes = lambda: [*known, torch.float64]
 
     @property
     def module(self) -> nn.Module:
@@ -81,58 +134,81 @@ class Engine:
     def __call__(self, x: Tensor) -> Tensor:
         return self._engine(x)  # type: ignore[no-any-return]
 
-    def step(self, loss: Tensor, lr: float) -> float:
-        """Backward and one update at `lr`; returns the norm of the global gradient before clipping.
+    def backward(self, losses: Iterable[Tensor], number: int) -> None:
+        """The gradient of the sum of `number` losses, each made when it is asked for; one reduction over ranks."""
+        if number == 1:
+            (loss,) = losses
+            self._engine.backward(loss)
+        elif self._stage == 0:
+            for k, loss in enumerate(losses, start=1):
+                self._engine.set_gradient_accumulation_boundary(k == number)
+                self._engine.backward(loss)
+        else:
+            with self._engine.coalesce_grad_reduction():
+                for loss in losses:
+                    self._engine.backward(loss)
+
+    def update(self, lr: float) -> float:
+        """One update at `lr`; returns the norm of the global gradient before clipping.
 
         FloatingPointError where that is not finite, the same on every rank. No parameter is touched: at stage 0 the
         norm is looked at before the update, at 1-3 DeepSpeed leaves such an update out, without a word of its own.
         """
-        self._engine.backward(loss)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         if self._stage == 0:
-            norm = self._finite(self._norm_of_reduced_gradients())
+            norm = self._norm_of_reduced_gradients()
+            if math.isfinite(norm):
+                self._engine.step()
+            else:
+                self._engine.module.zero_grad()
+        else:
             self._engine.step()
-            return norm
-        self._engine.step()
-        return self._finite(float(self._engine.get_global_grad_norm()))
-
-    @staticmethod
-    def _finite(norm: float) -> float:
+            norm = float(self._engine.get_global_grad_norm())
         if not 0 <= norm < math.inf:
             raise FloatingPointError(f"the gradient's norm is {norm}")
+        self._follow()
         return norm
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        for name, p in self.module.named_parameters() if self._average else ():
+            self._average[name].lerp_(p, 1 - self._decay)
 
     def _norm_of_reduced_gradients(self) -> float:
         grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads])))
 
     def state(self) -> dict[str, Tensor]:
-        """Full parameters, buffers and AdamW moments by name, on the CPU; a collective: call it on every rank.
+        """Full parameters, buffers, moments of the optimiser and the average of the weights by name, on the CPU.
 
-        Memory: three copies of the model in fp32, on every rank.
+        A collective: call it on every rank. Memory: copies of all of them, on every rank.
         """
         self._link_moments()
         tensors = {f"buffer/{name}": _copy(b) for name, b in self.module.named_buffers()}
         for name, p in self.module.named_parameters():
             tensors[f"parameter/{name}"] = _copy(self._full(p))
-            tensors |= {f"{key}/{name}": _copy(self._full(p, key)) for key in MOMENTS}
+            tensors |= {f"{key}/{name}": _copy(self._full(p, key)) for key in self._moments}
+        tensors |= {f"ema/{name}": _copy(average) for name, average in self._average.items()}
         tensors["optimizer/step"] = self._steps_done()
         return tensors
 
-    def load_moments(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set AdamW's moments and step count from a `state()` of any world size and stage.
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the optimiser's moments and step count, and the average, from a `state()` of any world size and stage.
 
         `checkpoint.load_module` loads parameters and buffers BEFORE the engine is made: its fp32 masters are copies.
         """
         # The fused kernel reads the step count on its own device.
         step = tensors["optimizer/step"].to(self.device if self.device.type == "cuda" else "cpu")
         for p in self._inner_parameters():
-            self._inner.state[p] = {"step": step.clone(), **{key: torch.zeros_like(p) for key in MOMENTS}}
+            counted = {"step": step.clone()} if "exp_avg" in self._moments else {}
+            self._inner.state[p] = {**counted, **{key: torch.zeros_like(p) for key in self._moments}}
         self._link_moments()
         for name, p in self.module.named_parameters():
-            for key in MOMENTS:
+            for key in self._moments:
                 self._set_moment(p, key, tensors[f"{key}/{name}"])
+        for name, average in self._average.items():
+            average.copy_(tensors.get(f"ema/{name}", tensors[f"parameter/{name}"]))  # a run that had none begins here
 
     def _link_moments(self) -> None:
         """Let DeepSpeed find AdamW's moments of every parameter group (stages 1 and 2).

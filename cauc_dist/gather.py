@@ -8,8 +8,8 @@ D embedding width. Every rank knows the metadata of the whole batch; only z trav
 
 Where scans cannot be read, ranks hold what is left, of any numbers down to none:
 
-    sound = sound_rows(ours)                      # (b,) bool of this rank -> (n,) of the global batch
-    exchange = AllGather(int(sound.sum()), sizes=sound.view(W, -1).sum(1).tolist())
+    sound, _ = tell(ours, [], sizes)              # (b,) bool of each rank -> one array a rank
+    exchange = AllGather(sum(map(sum, sound)), sizes=[int(rows.sum()) for rows in sound])
 
 A rank computes the pairs of its own rows with all rows, and holds the complete gradient of its own rows. It is
 multiplied by W because the trainer AVERAGES parameter gradients over ranks (DeepSpeed, DDP): the sum over ranks of the
@@ -20,29 +20,37 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
-from cauc_dist.losses.batch import Act, Batch
+from cauc_dist.losses.batch import Act, Batch, Exchange
+from cauc_dist.stream.plan import shares
 
 # torch 2.13 renamed the first and warns of it; older versions know only the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_CPU = torch.device("cpu")
 
 
-def shares(n: int, world_size: int) -> list[int]:
-    """How many subjects each rank holds: n / W, one more on the first n mod W ranks."""
-    return [n // world_size + (rank < n % world_size) for rank in range(world_size)]
+def tell(
+    sound: NDArray[np.bool_], facts: Sequence[float], sizes: Sequence[int], device: torch.device = _CPU
+) -> tuple[list[NDArray[np.bool_]], NDArray[np.float64]]:
+    """What every rank must know of every other before a step ends, in one small all-gather.
 
-
-def sound_rows(ours: Tensor) -> Tensor:
-    """(b,) bool, which of this rank's rows could be read -> (n,) of the global batch, on every rank; b is one for all.
-
-    A collective: call it on every rank, with a tensor on a device that the process group serves.
+    sound (b,): which of this rank's rows could be read, b its place in `sizes` (W,); facts (f,): numbers of this rank.
+    Returns sound of each rank, and facts (W, f). A collective: call it on every rank.
     """
-    gathered = ours.new_empty(dist.get_world_size() * len(ours), dtype=torch.uint8)
-    _all_gather(gathered, ours.to(torch.uint8).contiguous())
-    return gathered.bool()
+    ours = torch.zeros(len(facts) + max(sizes), dtype=torch.float64)
+    ours[: len(facts)] = torch.tensor(facts, dtype=torch.float64)
+    ours[len(facts) : len(facts) + len(sound)] = torch.from_numpy(sound)
+    ours = ours.to(device)
+    gathered = ours.new_empty((dist.get_world_size(), len(ours)))
+    _all_gather(gathered.flatten(), ours)
+    found = gathered.cpu().numpy()
+    rows = [row[len(facts) : len(facts) + size].astype(bool) for row, size in zip(found, sizes, strict=True)]
+    return rows, found[:, : len(facts)]
 
 
 class Ranks(Batch):
@@ -227,6 +235,34 @@ class Ring(AllGather):
     """Exchange block by block: where V n D numbers do not fit on every rank."""
 
     batch = Rotated
+
+
+class Once:
+    """An exchange whose rows travel once for all that is computed of one z: the loss, and what is watched beside it.
+
+    Others' rows stay until `close` (with Ring there are none to stay: blocks go round again).
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._met: tuple[Tensor, Batch] | None = None
+
+    def __call__(self, z: Tensor) -> Batch:
+        if self._met is None or self._met[0].data_ptr() != z.data_ptr() or self._met[0].shape != z.shape:
+            self.close()
+            self._met = z.detach(), self._exchange(z)
+            self._met[1].release = _nothing  # type: ignore[method-assign]
+        return self._met[1]
+
+    def close(self) -> None:
+        if self._met is not None:
+            batch = self._met[1]
+            type(batch).release(batch)
+            self._met = None
+
+
+def _nothing() -> None:
+    pass
 
 
 EXCHANGES = {"all_gather": AllGather, "ring": Ring}

@@ -52,7 +52,8 @@ class Objective:
     @torch.no_grad()
     def geometry(self, z: Tensor, y: Tensor, exchange: Exchange = Batch) -> Mapping[str, float]:
         """Alignment and uniformity of a batch, and their conditional forms where there is a kernel."""
-        z = torch.nn.functional.normalize(z.float(), dim=-1)
+        if self._settings.name == "rank_n_contrast":  # the others' rows are of unit length already
+            z = torch.nn.functional.normalize(z, dim=-1)
         columns = y[:, : self._k] if self._k else None
         return losses.geometry(z, columns, self._kernel, self._settings.t, self._settings.alpha, exchange)
 

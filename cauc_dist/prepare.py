@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cauc_dist import augment, config, encoders, kernels
+from cauc_dist import augment, config, encoders, kernels, optimisers
 from cauc_dist.config import RunConfig
+from cauc_dist.engine import deepspeed_config
 from cauc_dist.errors import BadInput
 from cauc_dist.objective import Objective
 from cauc_dist.provenance import provenance
@@ -27,9 +28,10 @@ CONFIG, PROVENANCE = "config.json", "provenance.json"
 TRAIN = "train"
 
 
-def prepare(run: RunConfig, ranks: int) -> Path:
+def prepare(run: RunConfig, ranks: int, local: int | None = None) -> Path:
     """Check the run against its store, then write its folder (config.json, provenance.json); returns the folder.
 
+    `local`: how many of the ranks are on this host; default: all.
     Raises BadInput for a store, column, batch size or folder that cannot serve; the folder then does not exist.
     """
     folder = run.folder
@@ -39,8 +41,12 @@ def prepare(run: RunConfig, ranks: int) -> Path:
             wanted="a new one",
             do=f"go on with it by `cauc resume {folder}`, or choose another with --run",
         )
-    store = check(run, ranks)
-    run = dataclasses.replace(run, run=folder, data=dataclasses.replace(run.data, store=absolute(run.data.store)))
+    store = check(run, ranks, local)
+    engine = run.engine
+    if engine.deepspeed is not None:
+        engine = dataclasses.replace(engine, deepspeed=str(Path(engine.deepspeed).absolute()))
+    data = dataclasses.replace(run.data, store=absolute(run.data.store))
+    run = dataclasses.replace(run, run=folder, data=data, engine=engine)
     record = {
         **provenance(),
         "seed": run.seed,
@@ -61,10 +67,11 @@ def prepare(run: RunConfig, ranks: int) -> Path:
     return folder
 
 
-def check(run: RunConfig, ranks: int) -> Store:
+def check(run: RunConfig, ranks: int, local: int | None = None) -> Store:
     """Everything that can be known to be wrong before training: settings, store, columns, split, batch size."""
     _check_numbers(run)
-    _check_devices(run, ranks)
+    _check_engine(run, ranks)
+    _check_devices(run, ranks if local is None else local)
     store = Store.open(run.data.store)
     train, _ = parts(run, store)
     store.require(run.objective.columns, train)
@@ -153,26 +160,50 @@ def _check_numbers(run: RunConfig) -> None:
         "optim.warmup_epochs": 0,
         "optim.clip_norm": 0,
         "engine.threads": 0,
+        "engine.start_minutes": 0.1,
         "engine.timeout_minutes": 0.1,
+        "optim.momentum": 0,
+        "optim.ema": 0,
         "checkpoint.every_epochs": 1,
         "checkpoint.keep": 1,
     }
-    if run.objective.lambda_align is not None:
-        least["objective.lambda_align"] = 0
+    given = {"objective.lambda_align": 0, "engine.memory_gib": 0.01, "optim.reference_batch": 1}
+    if run.engine.encode_chunk != "auto":
+        given["engine.encode_chunk"] = 1
+    least |= {name: bound for name, bound in given.items() if operator.attrgetter(name)(run) is not None}
     for name, bound in least.items():
         value = operator.attrgetter(name)(run)
         if not bound <= value < math.inf:  # NaN too
             option = name.replace("_", "-")
             raise BadInput(f"{name} {value}", wanted=f"{bound:g} or more", do=f"set --{option} to that")
-    for beta in run.optim.betas:
-        if not 0 <= beta < 1:
-            raise BadInput(f"optim.betas {run.optim.betas}", wanted="both in [0, 1)", do="e.g. --optim.betas .9 .999")
+    for name in ("betas", "momentum", "ema"):
+        value = getattr(run.optim, name)
+        if not all(0 <= x < 1 for x in (value if name == "betas" else (value,))):
+            raise BadInput(f"optim.{name} {value}", wanted="in [0, 1)", do="set it to e.g. .9")
     if run.optim.warmup_epochs > run.epochs:
         raise BadInput(
             f"optim.warmup_epochs {run.optim.warmup_epochs} of {run.epochs} epochs",
             wanted="a warm-up that ends",
             do="set --optim.warmup-epochs to less, or --epochs to more",
         )
+
+
+def _check_engine(run: RunConfig, ranks: int) -> None:
+    """Combinations that would be wrong in silence."""
+    stage = run.engine.zero_stage
+    for found, wrong, wanted, why in (
+        ("optim.name lars", run.optim.name == "lars" and stage > 0, 0, "ZeRO cuts its layers to pieces"),
+        ("engine.precision fp64", run.engine.precision == "fp64" and stage > 0, 0, "ZeRO adds gradients in fp32"),
+        ("optim.ema", run.optim.ema > 0 and stage == 3, 2, "no rank holds all weights"),
+    ):
+        if wrong:
+            raise BadInput(
+                f"{found} with engine.zero_stage {stage}, where {why}",
+                wanted=f"a stage up to {wanted}",
+                do=f"set --engine.zero-stage {wanted}",
+            )
+    optimisers.peak_lr(run.optim, run.batch_size)
+    deepspeed_config(run, World(0, 0, ranks))
 
 
 def _check_devices(run: RunConfig, ranks: int) -> None:

@@ -236,13 +236,13 @@ def newest(config: RunConfig, store: Store, say: Callable[[str], None] = lambda 
 def embed(config: RunConfig, store: Store, rows: NDArray[np.int64], saved: Saved | None, *, chunk: int = 32) -> Array:
     """Representations h (before the projector) of those scans, in that order: (len(rows), width) float64.
 
-    With the weights of a checkpoint; None: those that the run began from.
+    With the weights of a checkpoint (their moving average, where that was kept); None: those that the run began from.
     """
     torch.set_num_threads(config.engine.threads or cores())
     device = World().device("cpu" if config.engine.device == "cpu" else "auto")
     model = build_model(config, store.shape)
     if saved is not None:
-        checkpoint.load_module(model, saved.tensors)
+        checkpoint.load_module(model, saved.tensors, ema=True)
     encoder = model.encoder.to(device).eval()
     train, _ = parts(config, store)
     volumes = chunks(store, rows, chunk, values(store, config.data.normalise, train))

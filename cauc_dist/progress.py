@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: a bar on a terminal, one line an epoch in a log file."""
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Mapping
@@ -33,13 +34,16 @@ class Progress:
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """The derived values of the run, one line; then the bar, where there is a terminal."""
+        chunked = f" in {facts['chunks']} chunks" if facts["chunks"] > 1 else ""
         begin = f"from step {facts['step']}" if facts["step"] else "from scratch"
         self.say(
-            f"{self._name}: batch {facts['batch_size']} = {facts['ranks']} ranks x {facts['per_rank']}, "
-            f"{facts['epochs']} epochs x {facts['steps_per_epoch']} steps, {facts['scans']} scans "
+            f"{self._name}: batch {facts['batch_size']} = {facts['ranks']} ranks x {facts['per_rank']}"
+            f"{chunked}, {facts['epochs']} epochs x {facts['steps_per_epoch']} steps, {facts['scans']} scans "
             f"({facts['held_out']} held out) of {'x'.join(map(str, facts['shape']))}, "
-            f"{facts['parameters']:,} parameters, ZeRO-{facts['zero_stage']}, {facts['device']}, {begin}"
+            f"{facts['parameters']:,} parameters, {facts['optimiser']} at {facts['lr']:.3g}, {facts['precision']}, "
+            f"ZeRO-{facts['zero_stage']}, {facts['device']}, about {facts['estimated_gib']:.2g} GiB a rank, {begin}"
         )
+        self.say(f"{self._name}: DeepSpeed is told {json.dumps(facts['deepspeed'])}")
         if self._console.is_terminal and not self._quiet:
             text = TextColumn("{task.fields[text]}")
             self._bar = Bar(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text, console=self._console)

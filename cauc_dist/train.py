@@ -1,96 +1,84 @@
 """The training loop: `python -m cauc_dist.train RUN` on every rank, whatever started it.
 
-V views, b subjects a rank, W ranks, n = b*W subjects in the global batch, D embedding width, k metadata columns.
+W ranks, N scans of the store, k metadata columns.
 """
 
 import dataclasses
 import fcntl
 import hashlib
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
-from torch import Tensor
 
-from cauc_dist import checkpoint, encoders
-from cauc_dist.augment import views
+from cauc_dist import checkpoint, encoders, memory, optimisers
 from cauc_dist.config import RunConfig
-from cauc_dist.engine import Engine, learning_rate
-from cauc_dist.errors import BAD_INPUT, NON_FINITE, BadInput
-from cauc_dist.gather import EXCHANGES, sound_rows
+from cauc_dist.engine import Engine
+from cauc_dist.errors import BAD_INPUT, LOST, NON_FINITE, STOPPED, BadInput
 from cauc_dist.journal import Journal
-from cauc_dist.losses.batch import Exchange
-from cauc_dist.losses.batch import NonFinite as NonFiniteEmbeddings
 from cauc_dist.objective import Objective
 from cauc_dist.prepare import check_store, load, plan_of, stage_folder
 from cauc_dist.progress import Progress
 from cauc_dist.store.reader import Store
 from cauc_dist.store.stage import stage
-from cauc_dist.stream.loader import Batch, Loader
-from cauc_dist.stream.plan import Plan
-from cauc_dist.world import World
+from cauc_dist.stream.loader import Loader
+from cauc_dist.stream.plan import Plan, per_rank, shares
+from cauc_dist.trainer import Feed, NonFinite, Step, Trainer
+from cauc_dist.watch import Watch
+from cauc_dist.world import World, cores
+
+SKIPPED_IN_A_ROW = 10
+"""Steps that are not finite, one after the other, after which `on_non_finite` skip ends the run all the same."""
 
 
-class NonFinite(RuntimeError):
-    """A loss that is not a number: the step and the subjects are in the message; no parameter was touched."""
+ASKING = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one step of the global batch is made from, beside its volumes: known to every rank without asking."""
-
-    number: int
-    epoch: int
-    lr: float
-    ids: tuple[str, ...]
-    """(n,) names of the scans, in global order."""
-    y: Tensor
-    """(n, k) their metadata."""
-    keys: NDArray[np.uint64]
-    """(b,) addresses of this rank's scans for random draws."""
+class Elsewhere(BadInput):
+    """What rank 0 found, and says."""
 
 
-def train_step(
-    engine: Engine, objective: Objective, exchange: Exchange, batch: Batch, step: Step, run: RunConfig
-) -> dict[str, float]:
-    """One update; returns the terms of the loss on the GLOBAL batch, the same numbers on every rank."""
-    x = views(batch.volumes, step.keys, seed=run.seed, epoch=step.epoch, augment=run.augment)  # (V*b, c, X, Y, Z)
-    z = engine(x).view(run.augment.views, len(batch.rows), -1)  # (V, b, D)
-    if not batch.sound.all():
-        z = z[:, torch.from_numpy(batch.sound)]
-    # Every rank holds the same number, so every rank stops at the same step, before any parameter is touched.
-    try:
-        loss = objective.loss(z, step.y, exchange)
-    except NonFiniteEmbeddings as error:
-        raise NonFinite(non_finite(step, error.subjects)) from None
-    try:
-        norm = engine.step(loss, step.lr)
-    except FloatingPointError as error:
-        raise NonFinite(f"at step {step.number} the loss is finite and {error}. Lower the learning rate") from None
-    geometry = objective.geometry(z.detach(), step.y, exchange)
-    return {"loss": loss.item(), **geometry, "grad_norm": norm, "lr": step.lr}
+class Stopped(RuntimeError):
+    """A signal asked for the end of the run; its checkpoint is written."""
 
 
-def non_finite(step: Step, bad: Sequence[int]) -> str:
-    """Which subjects' embeddings are not finite at which step, and what to do; `bad`: their places in the batch."""
-    where = f"embeddings of {', '.join(step.ids[i] for i in bad)} are not finite"
-    if len(bad) in (0, len(step.ids)):
-        where = "all embeddings are finite, the loss is not" if not bad else "not one embedding is"
-    do = "Nothing was updated. Lower the learning rate, or look at these scans"
-    return f"the loss at step {step.number} is not finite: {where}. {do}"
+@dataclass
+class Stop:
+    """Whether a signal has asked this rank to stop; all ranks stop at the same step, at its end."""
+
+    signal: int = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGTERM, SIGUSR2 and SIGINT ask; again, they change nothing: who started the ranks may send them twice."""
+        before = {number: signal.signal(number, self._asked) for number in ASKING}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
 
 
-def train(run: RunConfig, world: World) -> None:
-    """Train, or go on from the newest sound checkpoint of the run folder. Call it on every rank, in a process group."""
+def train(run: RunConfig, world: World, stop: Stop | None = None) -> None:
+    """Train, or go on from the newest sound checkpoint of the run folder. Call it on every rank, in a process group.
+
+    Raises NonFinite, and Stopped where `stop` has asked, after a checkpoint.
+    """
+    stop = stop or Stop()
     if world.rank == 0:
         own(run.folder)
     store = open_store(run, quiet=world.rank != 0)
@@ -99,10 +87,9 @@ def train(run: RunConfig, world: World) -> None:
     y = torch.from_numpy(store.metadata(run.objective.columns))  # (N, k) float64: every rank knows all of it
     objective = Objective(run.objective, y[torch.from_numpy(plan.rows)])
     belongs = card(run, store)
-    engine, start, complaints = open_engine(run, world, store, belongs)
-    exchange, skips = open_exchange(run, run.batch_size), 0
+    opened = open_engine(run, world, store, belongs)
+    engine, start = opened.engine, opened.start
     total = run.epochs * plan.steps_per_epoch
-    facts = derived(run, world, plan, store, engine, start)
     reads = Loader(
         store,
         plan,
@@ -110,6 +97,7 @@ def train(run: RunConfig, world: World) -> None:
         world_size=world.world_size,
         start=start,
         stop=total,
+        chunks=opened.chunks,
         normalise=run.data.normalise,
         threads=run.data.threads,
         prefetch=run.data.prefetch,
@@ -120,47 +108,121 @@ def train(run: RunConfig, world: World) -> None:
     with (
         Journal(run.folder, quiet=quiet) as journal,
         Progress(run.name, total, quiet=quiet) as progress,
+        Saves(run, world, belongs) as saves,
         reads as batches,
     ):
-        for line in complaints:
+        for line in opened.complaints:
             progress.say(line)
             journal.write("damaged", message=line)
+        facts = derived(run, world, plan, store, opened)
         journal.write("resume" if start else "start", **facts)
         progress.start(facts)
-        began = time.perf_counter()
-        for batch in batches:
-            scans, meet = plan.batch(batch.step), exchange
-            if run.data.on_damage == "skip":
-                sound = everyones(batch, engine)
-                if not sound.all():
-                    skipped = [store.ids[i] for i in scans[~sound]]
-                    skips += len(skipped)
-                    journal.write("skip", step=batch.step, scans=skipped, skipped=skips)
-                    progress.say(f"step {batch.step}: {', '.join(skipped)} damaged, skipped")
-                    meet = open_exchange(run, int(sound.sum()), sound.reshape(world.world_size, -1).sum(1).tolist())
-                    scans = scans[sound]
+        trainer = Trainer(engine, objective, run, world, Feed(batches), store.keys, opened.chunks)
+        watch = Watch([world.name(rank) for rank in range(world.world_size)])
+        peak = optimisers.peak_lr(run.optim, run.batch_size)
+        left_out = in_a_row = skips = 0
+        shared = 0.0
+        for number in range(start, total):
+            scans = plan.batch(number)
             step = Step(
-                number=batch.step,
-                epoch=plan.epoch(batch.step),
-                lr=learning_rate(run.optim, batch.step, plan.steps_per_epoch, run.epochs),
+                number=number,
+                epoch=plan.epoch(number),
+                lr=optimisers.learning_rate(run.optim, peak, number, plan.steps_per_epoch, run.epochs),
                 ids=tuple(store.ids[i] for i in scans),
                 y=y[torch.from_numpy(scans)].to(engine.device),
-                keys=store.keys[batch.rows],
             )
+            trainer.told = (float(stop.signal), *trainer.told[1:])
             try:
-                record = train_step(engine, objective, meet, batch, step, run)
+                record = trainer.step(step)
             except NonFinite as error:
-                journal.write("non_finite", step=step.number, message=str(error))
-                raise
-            record |= {"samples_per_s": run.batch_size / (time.perf_counter() - began), "data_wait_s": batch.wait}
-            journal.write("step", step=step.number, epoch=step.epoch, **record)
-            progress.step(step.number + 1, step.epoch, record)
-            if _due(step.number + 1, plan.steps_per_epoch, run.checkpoint.every_epochs, total):
-                _save(engine, run, world, step.number + 1, belongs)
-                journal.write("checkpoint", step=step.number + 1)
-            began = time.perf_counter()
+                left_out, in_a_row = left_out + 1, in_a_row + 1
+                journal.write("non_finite", step=number, message=str(error), left_out=left_out)
+                if run.engine.on_non_finite == "stop" or in_a_row == SKIPPED_IN_A_ROW:
+                    raise
+                progress.say(f"{error}. Step left out ({left_out} so far)")
+            else:
+                in_a_row = 0
+                if shared:
+                    record["communication_share"] = min(1.0, shared / record["step_s"])
+                if trainer.skipped:
+                    skips += len(trainer.skipped)
+                    journal.write("skip", step=number, scans=list(trainer.skipped), skipped=skips)
+                    progress.say(f"step {number}: {', '.join(trainer.skipped)} damaged, skipped")
+                journal.write("step", step=number, epoch=step.epoch, **record)
+                progress.step(number + 1, step.epoch, record)
+                saves.losses.append(record["loss"])
+                for event, fields, line in watch.add(trainer.facts[:, 1], trainer.facts[:, 2], record["step_s"]):
+                    journal.write(event, step=number, **fields)
+                    progress.say(f"step {number}: {line}")
+            if number == start:
+                world.shorten(run.engine.timeout_minutes)
+                if world.world_size > 1:
+                    shared = communication(engine)
+            asked = int(trainer.facts[:, 0].max())
+            if asked or _due(number + 1, plan.steps_per_epoch, run.checkpoint.every_epochs, total):
+                saves.save(engine, number + 1)
+                journal.write("checkpoint", step=number + 1)
+            if asked and number + 1 < total:
+                saves.close()
+                journal.write("stopped", step=number + 1, signal=asked)
+                raise Stopped(f"stopped by {signal.Signals(asked).name} after step {number}, checkpoint written")
+        saves.close()
         journal.write("end", step=total)
         progress.finish(run.folder)
+
+
+class Saves:
+    """Checkpoints of a run, written by rank 0 and agreed on by all: what fails there ends every rank, in words."""
+
+    def __init__(self, run: RunConfig, world: World, belongs: dict[str, Any]) -> None:
+        c = run.checkpoint
+        self.losses: list[float] = []
+        """Of the steps since the last one."""
+        self._writer = None
+        if world.rank == 0:
+            self._writer = checkpoint.Writer(run.folder, belongs, keep=c.keep, best=c.best, background=c.background)
+
+    def save(self, engine: Engine, step: int) -> None:
+        """A collective: call it on every rank."""
+        tensors = engine.state()
+        loss = float(np.mean(self.losses)) if self.losses else float("nan")
+        self.losses = []
+        self._agreed(lambda writer: writer.save(step, tensors, loss))
+
+    def close(self) -> None:
+        """Wait for what is being written. A collective."""
+        self._agreed(lambda writer: writer.close())
+
+    def _agreed(self, act: Callable[[checkpoint.Writer], object]) -> None:
+        told: list[Any] = [None]
+        if self._writer is not None:
+            try:
+                act(self._writer)
+            except BadInput as error:
+                told = [(error.found, error.wanted, error.do)]
+        dist.broadcast_object_list(told, src=0)
+        if told[0] is not None:
+            found, wanted, do = told[0]
+            raise (BadInput if self._writer else Elsewhere)(found, wanted=wanted, do=do)
+
+    def __enter__(self) -> "Saves":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(*_)
+
+
+def communication(engine: Engine) -> float:
+    """Seconds that the gradient of the whole model takes over the ranks, nothing else going on: the best of three."""
+    gradient, best = torch.zeros(engine.parameters, device=engine.device), float("inf")
+    for _ in range(3):
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_reduce(gradient)
+        float(gradient[0])  # a GPU is waited for
+        best = min(best, time.perf_counter() - began)
+    return best
 
 
 def own(folder: Path) -> None:
@@ -178,17 +240,52 @@ def own(folder: Path) -> None:
         return  # a file system without locks: nothing can be told
 
 
-def open_engine(run: RunConfig, world: World, store: Store, belongs: dict[str, Any]) -> tuple[Engine, int, list[str]]:
-    """The model under DeepSpeed, the step to go on from (0: from scratch), and a line for each damaged checkpoint."""
+@dataclass(frozen=True)
+class Opened:
+    """A model under DeepSpeed, and where it goes on."""
+
+    engine: Engine
+    start: int
+    """Step to go on from; 0: from scratch."""
+    complaints: list[str]
+    """A line for each damaged checkpoint."""
+    chunks: int
+    """Into which a rank's share is cut."""
+    need: memory.Need
+    budget: float
+
+
+def open_engine(run: RunConfig, world: World, store: Store, belongs: dict[str, Any]) -> Opened:
+    """The model under DeepSpeed, with the newest sound checkpoint in it where there is one. A collective."""
     model = build_model(run, store.shape)
     saved, complaints = checkpoint.latest(run.folder, belongs)
     start = agree(saved.step if saved else 0)
     if saved:
         checkpoint.load_module(model, saved.tensors)
-    engine = Engine(model, run, world, world.device(run.engine.device))
+    if run.engine.recompute:
+        encoders.recompute(model)
+    device = world.device(run.engine.device)
+    model.to(device, torch.float64 if run.engine.precision == "fp64" else None)
+    need, budget = memory.need(model, run, store.shape, world.world_size, device), memory.budget(run, world, device)
+    chunks = cut(run, world, need, budget)
+    if run.engine.compile:
+        model.encoder.compile()
+    engine = Engine(model, run, world, device)
+    world.shorten(run.engine.start_minutes)  # of DeepSpeed's own groups too
     if saved:
-        engine.load_moments(saved.tensors)
-    return engine, start, complaints
+        engine.load(saved.tensors)
+    return Opened(engine, start, complaints, chunks, need, budget)
+
+
+def cut(run: RunConfig, world: World, need: memory.Need, budget: float) -> int:
+    """How many chunks each rank encodes its share in: the same number on all. A collective where it is measured."""
+    sizes = per_rank(run.batch_size, world.world_size)
+    chunk = run.engine.encode_chunk
+    if chunk == "auto":
+        fits = torch.tensor(memory.chunk(budget, need, sizes[0]), device=world.device(run.engine.device))
+        dist.all_reduce(fits, dist.ReduceOp.MIN)
+        chunk = int(fits)
+    return 1 if chunk is None else min(-(-sizes[0] // chunk), sizes[-1])
 
 
 def open_store(run: RunConfig, *, quiet: bool) -> Store:
@@ -202,30 +299,17 @@ def _nothing(line: str) -> None:
     pass
 
 
-def open_exchange(run: RunConfig, n: int, sizes: Sequence[int] | None = None) -> Exchange:
-    """How the embeddings of n subjects meet, as the run says; `sizes`: of each rank, where scans were skipped."""
-    wire = torch.float16 if run.engine.wire == "fp16" else None
-    return EXCHANGES[run.engine.exchange](n, wire, sizes)
-
-
-def everyones(batch: Batch, engine: Engine) -> NDArray[np.bool_]:
-    """(n,) which scans of the global batch could be read: one byte a scan from every rank."""
-    sound = sound_rows(torch.from_numpy(batch.sound).to(engine.device)).cpu().numpy()
-    if sound.sum() < 2:
-        raise BadInput(
-            f"{len(sound) - sound.sum()} of the {len(sound)} scans of step {batch.step} are damaged",
-            wanted="two sound ones at least",
-            do="run `cauc store verify`, and restore the store",
-        )
-    return sound
-
-
 def build_model(run: RunConfig, shape: tuple[int, ...]) -> encoders.Model:
     """Encoder and projector with the run's seed: the same weights on every rank, and in a probe's untrained twin."""
     torch.manual_seed(run.seed)
     encoder = encoders.build(run.encoder, shape)
-    projector = encoders.Projector(encoder.width, run.projector.hidden, run.projector.out)
-    return encoders.Model(encoder, projector, normalise=run.objective.name != "rank_n_contrast")
+    return encoders.Model(
+        encoder,
+        encoders.Projector(encoder.width, run.projector.hidden, run.projector.out),
+        normalise=run.objective.name != "rank_n_contrast",
+        bf16=run.engine.precision == "bf16",
+        channels_last=run.engine.channels_last,
+    )
 
 
 def card(run: RunConfig, store: Store) -> dict[str, Any]:
@@ -233,25 +317,36 @@ def card(run: RunConfig, store: Store) -> dict[str, Any]:
     network = {"encoder": dataclasses.asdict(run.encoder), "projector": dataclasses.asdict(run.projector)}
     plan = plan_of(run, store)
     y = hashlib.sha256(store.metadata(run.objective.columns)[plan.rows].tobytes()).hexdigest()
-    order = {"order": plan.fingerprint, "metadata": y, "data": store.fingerprint}
+    order = {"order": plan.fingerprint, "metadata": y, "data": store.fingerprint, "normalise": run.data.normalise}
     return {"architecture": {**network, "shape": list(store.shape)}, "plan": order}
 
 
-def derived(run: RunConfig, world: World, plan: Plan, store: Store, engine: Engine, start: int) -> dict[str, Any]:
+def derived(run: RunConfig, world: World, plan: Plan, store: Store, opened: Opened) -> dict[str, Any]:
     """The numbers that follow from run, world and store; printed and kept in the journal."""
+    sizes = per_rank(run.batch_size, world.world_size)
+    at_once = shares(sizes[0], opened.chunks)[0]
     return {
-        "step": start,
+        "step": opened.start,
         "ranks": world.world_size,
-        "device": str(engine.device),
+        "launcher": world.source,
+        "device": str(opened.engine.device),
         "batch_size": run.batch_size,
-        "per_rank": run.batch_size // world.world_size,
+        "per_rank": sizes[0],
+        "encode_chunk": at_once,
+        "chunks": opened.chunks,
         "scans": len(plan.rows),
         "held_out": len(store.ids) - len(plan.rows),
         "steps_per_epoch": plan.steps_per_epoch,
         "epochs": run.epochs,
-        "parameters": engine.parameters,
+        "lr": optimisers.peak_lr(run.optim, run.batch_size),
+        "optimiser": run.optim.name,
+        "precision": run.engine.precision,
+        "parameters": opened.engine.parameters,
         "zero_stage": run.engine.zero_stage,
         "shape": list(store.shape),
+        "estimated_gib": round(opened.need.of(at_once) / memory.GIB, 3),
+        "budget_gib": round(opened.budget / memory.GIB, 3),
+        "deepspeed": opened.engine.config,
     }
 
 
@@ -268,35 +363,65 @@ def _due(done: int, steps_per_epoch: int, every_epochs: int, total: int) -> bool
     return done == total or done % (steps_per_epoch * every_epochs) == 0
 
 
-def _save(engine: Engine, run: RunConfig, world: World, step: int, belongs: dict[str, Any]) -> None:
-    tensors: Mapping[str, Tensor] = engine.state()  # a collective: all ranks
-    if world.rank == 0:
-        checkpoint.save(run.folder, step, tensors, belongs, keep=run.checkpoint.keep)
-    dist.barrier()
-
-
 def main(folder: str) -> int:
-    """Run folder in, exit code out: 0 done, 2 bad input, 3 non-finite loss."""
+    """Run folder in, exit code out: 0 done, 2 bad input, 3 non-finite loss, 5 stopped by a signal, 6 a rank is gone."""
+    stop = Stop()
+    with stop.listening():
+        return _main(folder, stop)
+
+
+def _main(folder: str, stop: Stop) -> int:
     try:
         run = load(Path(folder))
         world = World.from_env()
         device = world.device(run.engine.device)
-        torch.set_num_threads(
-            run.engine.threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads()
-        )
-        with world.process_group(device, run.engine.timeout_minutes):
-            train(run, world)
+        torch.set_num_threads(run.engine.threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or _threads(world))
+        with world.process_group(device, run.engine.start_minutes):
+            try:
+                train(run, world, stop)
+            except RuntimeError as error:
+                if not _of_communication(error) or not (missing := world.missing()):
+                    raise
+                if world.rank == min(set(range(world.world_size)) - set(missing)):
+                    print(f"error: {_gone(world, missing, folder)}", file=sys.stderr)
+                return LOST
+    except Elsewhere:
+        return BAD_INPUT
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except NonFinite as error:
+    except OSError as error:
+        print(f"error: {error}. Check the path, its permissions and the disk. {_goes_on(folder)}", file=sys.stderr)
+        return BAD_INPUT
+    except (NonFinite, Stopped) as error:
         if world.rank == 0:  # it is the same on every rank
-            print(f"error: {error}", file=sys.stderr)
-        return NON_FINITE
+            print(
+                f"error: {error}" if isinstance(error, NonFinite) else f"{error}: {_goes_on(folder)}", file=sys.stderr
+            )
+        return NON_FINITE if isinstance(error, NonFinite) else STOPPED
     return 0
 
 
+def _threads(world: World) -> int:
+    """The share of a rank of the host's cores; srun may have bound it to them already."""
+    return cores() if cores() < (os.cpu_count() or 1) else max(1, cores() // world.local_size)
+
+
+def _of_communication(error: RuntimeError) -> bool:
+    """Whether a peer may be at fault: torch raises a plain RuntimeError where gloo's sockets fail."""
+    text = r"gloo|nccl|connection (closed|reset)|broken pipe|timed out"
+    return isinstance(error, dist.DistError) or bool(re.search(text, str(error), re.IGNORECASE))
+
+
+def _gone(world: World, missing: Sequence[int], folder: str) -> str:
+    names = ", ".join(world.name(rank) for rank in missing)
+    verb = "is" if len(missing) == 1 else "are"
+    return f"{names} {verb} gone, or frozen; the others end too. {_goes_on(folder)}"
+
+
+def _goes_on(folder: str) -> str:
+    return f"`cauc resume {folder}` goes on from the newest checkpoint"
+
+
 if __name__ == "__main__":
-    # The agent passes ctrl-C on to every rank: end at once, not in W tracebacks. Checkpoints are whole or absent.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main(sys.argv[1]))

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from cauc_dist import kernels, losses
 from cauc_dist.errors import BAD_INPUT, BadInput
-from cauc_dist.gather import EXCHANGES, shares
+from cauc_dist.gather import EXCHANGES
 from cauc_dist.kernels import Kernel
 from cauc_dist.losses.batch import Batch, Exchange
+from cauc_dist.stream.plan import shares
 from cauc_dist.world import World
 
 TOLERANCE = 1e-5  # of the value and of the norm ratio, relative, and of 1 - cosine

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import ledger as ledger
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

@@ -29,7 +29,7 @@ def _rank_main(conn: Connection, rank: int, world: int, store: str, fn: Callable
 def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
     """`[fn(*args) on rank 0, ..., on rank world-1]`; a rank that raises fails the caller with its traceback."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "deepspeed", "cauc_dist.train"])
     processes, pipes = [], []
     with tempfile.TemporaryDirectory() as folder:
         store, payload = str(Path(folder) / "store"), pickle.dumps(args)

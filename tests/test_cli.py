@@ -285,10 +285,29 @@ def test_a_preview_of_nothing_is_refused(
 
 TRAIN = {
     "no store": (["--data.store", "none.zarr"], "no store at none.zarr"),
-    "a batch that does not divide": (
-        ["--batch-size", "7", "--ranks", "2"],
-        "batch_size 7 does not divide over 2 ranks",
+    "a batch smaller than the world": (
+        ["--batch-size", "3", "--ranks", "4"],
+        "batch_size 3 over 4 ranks",
     ),
+    "lars on pieces of layers": (
+        ["--optim.name", "lars"],
+        "optim.name lars with engine.zero_stage 1, where ZeRO cuts its layers to pieces; wanted a stage up to 0",
+    ),
+    "double precision that is added in single": (
+        ["--engine.precision", "fp64"],
+        "engine.precision fp64 with engine.zero_stage 1, where ZeRO adds gradients in fp32",
+    ),
+    "an average of weights that no rank holds": (
+        ["--optim.ema", ".9", "--engine.zero-stage", "3"],
+        "optim.ema with engine.zero_stage 3, where no rank holds all weights; wanted a stage up to 2",
+    ),
+    "an average that never moves": (["--optim.ema", "1"], "optim.ema 1.0; wanted in [0, 1)"),
+    "a chunk of nobody": (["--engine.encode-chunk", "0"], "engine.encode_chunk 0; wanted 1 or more"),
+    "a rate scaled from nowhere": (
+        ["--optim.lr-scaling", "sqrt"],
+        "optim.lr_scaling sqrt without optim.reference_batch",
+    ),
+    "no file of settings": (["--engine.deepspeed", "none.json"], "none.json: [Errno 2] No such file"),
     "a batch larger than the training part": (["--batch-size", "20"], "batch_size 20 for 18 training subjects"),
     "an unknown column": (["--objective.kernel", "ag:gaussian:5"], "no column 'ag'"),
     "a kernel that is no kernel": (["--objective.kernel", "age:gausian:5"], "gausian"),
@@ -393,7 +412,7 @@ def test_an_output_that_has_no_folder_is_refused_before_the_work(
     ("options", "message"),
     [
         (["--ranks", "0"], "--ranks 0"),
-        (["--ranks", "3"], "batch_size 32 does not divide over 3 ranks"),
+        (["--ranks", "33"], "batch_size 32 over 33 ranks"),
         (["--subjects", "20"], "--subjects 20"),
         (["--size", "8"], "--size 8"),
     ],

@@ -42,7 +42,7 @@ def problem(n: int = N, width: int = D) -> tuple[Tensor, Tensor]:
 def own(n: int = N) -> slice:
     import torch.distributed as dist
 
-    from cauc_dist.gather import shares
+    from cauc_dist.stream.plan import shares
 
     sizes, rank = shares(n, dist.get_world_size()), dist.get_rank()
     return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
@@ -63,7 +63,7 @@ def tiles(rows: int) -> None:
     [(12, 4, [3, 3, 3, 3]), (13, 4, [4, 3, 3, 3]), (15, 4, [4, 4, 4, 3]), (3, 4, [1, 1, 1, 0]), (5, 1, [5])],
 )
 def test_shares_are_even_but_for_one_more_on_the_first_ranks(n: int, world: int, wanted: list[int]) -> None:
-    from cauc_dist.gather import shares
+    from cauc_dist.stream.plan import shares
 
     assert shares(n, world) == wanted
 
@@ -233,29 +233,61 @@ def test_fp16_halves_the_bytes_of_the_rows_and_of_nothing_else(exchange: str) ->
                 assert dtype == (torch.float16 if size >= VIEWS * 20 * 33 else torch.float64)
 
 
+def once(exchange: str) -> tuple[dict[str, float], list[int]]:
+    """(geometry of 13 subjects beside their loss, how many numbers of the size of z this rank sent)."""
+    import torch.distributed as dist
+
+    from cauc_dist import gather, losses
+    from cauc_dist.stream.plan import shares
+
+    sizes, rank = shares(13, dist.get_world_size()), dist.get_rank()
+    z = oracles.unit(VIEWS, 13, D).double()[:, sum(sizes[:rank]) :][:, : sizes[rank]].requires_grad_()
+    meet = gather.Once(gather.EXCHANGES[exchange](13))
+    with counted() as sent:
+        losses.align_uniform(z, exchange=meet).backward()
+        found = losses.geometry(z.detach(), exchange=meet)
+    meet.close()
+    return found, [size for _, _, size in sent if size >= VIEWS * max(sizes) * D]
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
+def test_rows_travel_once_for_the_loss_and_what_is_watched(exchange: str) -> None:
+    from cauc_dist import losses
+
+    wanted = losses.geometry(oracles.unit(VIEWS, 13, D).double())
+    for found, sent in run_ranks(3, once, exchange):
+        assert found == pytest.approx(wanted, rel=1e-9)
+        assert exchange == "ring" or sent == [VIEWS * 5 * D]
+
+
 def sound_and_uneven() -> tuple[list[bool], list[tuple[str, torch.dtype, int]], dict[str, list[int]]]:
-    """(which rows are sound, what it sent to learn that, numbers sent where rank 0 holds every row, by exchange)."""
+    """(which rows are sound, what it sent to learn that, numbers sent where rank 0 holds every row, by exchange).
+
+    Shares of 5, 5 and 4 scans; each rank tells its number, and half of it, beside them.
+    """
     import torch.distributed as dist
 
     from cauc_dist import gather, losses
 
     rank, world = dist.get_rank(), dist.get_world_size()
     with counted() as sent:
-        sound = gather.sound_rows(torch.arange(5) % (rank + 2) > 0)
+        ours = (torch.arange(5 - (rank == 2)) % (rank + 2) > 0).numpy()
+        sound, facts = gather.tell(ours, [rank, rank / 2], [5, 5, 4])
+    assert facts.tolist() == [[0, 0], [1, 0.5], [2, 1]]
     sizes, by_exchange = [4] + [0] * (world - 1), {}
     z = oracles.unit(VIEWS, sizes[rank], D).double()
     for name, exchange in gather.EXCHANGES.items():
         with counted() as numbers:
             losses.align_uniform(z, exchange=exchange(4, sizes=sizes))
         by_exchange[name] = [size for _, _, size in numbers]
-    return sound.tolist(), sent, by_exchange
+    return [bool(s) for rows in sound for s in rows], sent, by_exchange
 
 
-def test_which_rows_are_sound_is_one_byte_a_row_and_a_ring_of_one_holder_sends_no_rows() -> None:
-    wanted = [digit == "1" for digit in "010100110101110"]
+def test_which_rows_are_sound_is_one_number_a_row_and_a_ring_of_one_holder_sends_no_rows() -> None:
+    wanted = [digit == "1" for digit in "01010011010111"]
     for sound, sent, by_exchange in run_ranks(3, sound_and_uneven):
         assert sound == wanted
-        assert sent == [("all_gather", torch.uint8, 5)]
+        assert sent == [("all_gather", torch.float64, 7)]
         shapes, sums = 5, 1 + 1 + 3
         assert by_exchange == {"all_gather": [shapes, VIEWS * 4 * D, sums], "ring": [shapes, sums]}
 

@@ -3,7 +3,6 @@
 Each test is drawn by a seed. `make faults` draws many more and writes down what each one did and what was found.
 """
 
-import json
 import os
 import random
 import shutil
@@ -21,65 +20,23 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cauc_dist import elastic, journal, kernels, losses
+from cauc_dist import journal, kernels, losses, spawn
 from cauc_dist.augment import views
 from cauc_dist.config import Data
 from cauc_dist.errors import BadInput
 from cauc_dist.prepare import load, plan_of, prepare
-from cauc_dist.provenance import provenance
 from cauc_dist.store.ingest import ingest
 from cauc_dist.store.planned import Settings
 from cauc_dist.store.reader import Damaged, Store
 from cauc_dist.train import build_model, train
 from cauc_dist.world import World
+from tests.faults import Ledger, seeds, small_disk
 from tests.ranks import run_ranks
 from tests.store.cohorts import bids, blob, contents, noise, scan, shard, spans
 from tests.test_train import config, curve
 
 ROOT = Path(__file__).parents[1]
-FULL = os.environ.get("CAUC_FAULTS") == "full"
 PER = 32  # rows a shard of a small store
-
-
-def seeds(full: int, few: int = 3) -> range:
-    return range(full if FULL else few)
-
-
-class Ledger:
-    """What was done and what was found, one entry a fault."""
-
-    def __init__(self) -> None:
-        self.entries: list[dict[str, Any]] = []
-
-    @contextmanager
-    def fault(self, name: str, seed: int, **done: Any) -> Iterator[dict[str, Any]]:
-        """The test adds to the entry what it found; `held`: every assertion inside was true."""
-        entry: dict[str, Any] = {"fault": name, "seed": seed, **done, "held": False}
-        self.entries.append(entry)
-        began = time.perf_counter()
-        try:
-            yield entry
-            entry["held"] = True
-        finally:
-            entry["seconds"] = round(time.perf_counter() - began, 3)
-
-
-@pytest.fixture(scope="session")
-def ledger() -> Iterator[Ledger]:
-    found = Ledger()
-    yield found
-    if FULL:
-        default = ROOT / f"benchmarks/results/{time.strftime('%Y-%m-%d', time.gmtime())}-faults.json"
-        path = Path(os.environ.get("CAUC_FAULTS_OUT") or default)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        counts: dict[str, dict[str, int]] = {}
-        for entry in found.entries:
-            count = counts.setdefault(entry["fault"], {"done": 0, "held": 0})
-            count["done"] += 1
-            count["held"] += entry["held"]
-        rows = ",\n  ".join(json.dumps(entry) for entry in found.entries)
-        head = json.dumps({**provenance(), "counts": counts}, indent=1)[:-2]
-        path.write_text(f'{head},\n "faults": [\n  {rows}\n ]\n}}\n')
 
 
 # ---- ingest: killed, out of room, twice at once -------------------------------------------------------------------
@@ -197,20 +154,6 @@ def test_an_ingest_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(
         assert [path.name for path in tmp_path.iterdir()] == ["s.zarr"]
         assert contents(store) == wanted
         entry["bytes"] = "identical"
-
-
-@contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[None]:
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a full disk could not be tried: {mounted.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a full disk needs root, to mount a small one")
@@ -496,7 +439,7 @@ def test_training_ends_at_a_damaged_scan_and_names_it_or_goes_on_without_it_on_a
     met = [step for step in range(6) if bad in plan.batch(step)]
     with ledger.fault("training on a damaged scan", seed, scan=name, byte=byte, bit=seed % 8) as entry:
         folder = prepare(config(tmp_path / "store.zarr", tmp_path / "raise"), 2)
-        assert elastic.start(2, str(folder), threads=1) == 2
+        assert spawn.start(2, str(folder), threads=1) == 2
         told = capfd.readouterr().err
         assert f"error: step 0: scan {name} (row {bad}) of {tmp_path / 'store.zarr'} is damaged" in told
         assert curve(folder) == []

@@ -3,10 +3,12 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from cauc_dist.stream.plan import shares
 from tests.ranks import run_ranks
 
 N, D, VIEWS = 12, 6, 2
@@ -67,7 +69,7 @@ def on_this_rank(names: list[str], exchange: str, n: int, rows: int) -> dict[str
     tiled.ROWS["cpu"] = rows
     similar.SMALL = 0 if rows < n else 512  # small tiles: W in tiles too
     rank, world = dist.get_rank(), dist.get_world_size()
-    starts = [sum(gather.shares(n, world)[:r]) for r in range(world + 1)]
+    starts = [sum(shares(n, world)[:r]) for r in range(world + 1)]
     found = {}
     for name in names:
         model, x, y = problem(n)
@@ -116,9 +118,10 @@ def without_damaged(names: list[str], exchange: str, sound: list[bool], rows: in
     similar.SMALL = 0 if rows < 100 else 512
     rank, world, n = dist.get_rank(), dist.get_world_size(), len(sound)
     own = slice(rank * n // world, (rank + 1) * n // world)
-    whole = gather.sound_rows(torch.tensor(sound)[own])
+    everyones, _ = gather.tell(np.array(sound)[own], [], [n // world] * world)
+    whole = torch.from_numpy(np.concatenate(everyones))
     assert whole.tolist() == sound
-    e = gather.EXCHANGES[exchange](sum(sound), sizes=whole.view(world, -1).sum(1).tolist())
+    e = gather.EXCHANGES[exchange](sum(sound), sizes=[int(rows.sum()) for rows in everyones])
     found = {}
     for name in names:
         model, x, y = problem(n)
@@ -239,7 +242,8 @@ def through_the_engine(stage: int) -> tuple[list[float], list[Tensor]]:
     for step in range(3):
         z = engine((x * (step + 1))[:, rank * b : (rank + 1) * b].float())
         loss = losses.cauc(nn.functional.normalize(z, dim=-1), y.float(), kernel, exchange=AllGather(N))
-        norms.append(engine.step(loss, lr=1e-2))
+        engine.backward([loss], 1)
+        norms.append(engine.update(lr=1e-2))
     state = engine.state()
     return norms, [state[f"parameter/{name}"] for name, _ in model.named_parameters()]
 

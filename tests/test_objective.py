@@ -78,9 +78,10 @@ def test_within_is_the_last_column_and_no_part_of_the_kernel() -> None:
 def test_geometry_is_wangs_alignment_and_uniformity_and_their_conditional_forms() -> None:
     terms = Objective(Settings(name="simclr", kernel=("age:gaussian:5",)), AGE).geometry(Z, AGE)
     assert terms["alignment"] == pytest.approx(((Z[0] - Z[1]) ** 2).sum(-1).mean().item(), rel=1e-6)
-    assert set(terms) == {"alignment", "uniformity", "conditional_alignment", "conditional_uniformity"}
+    watched = {"alignment", "uniformity", "effective_rank"}
+    assert set(terms) == {*watched, "conditional_alignment", "conditional_uniformity"}
     without = Objective(Settings(name="simclr"), torch.zeros(9, 0)).geometry(Z, torch.zeros(9, 0))
-    assert set(without) == {"alignment", "uniformity"}
+    assert set(without) == watched
 
 
 def test_a_loss_on_metadata_without_a_kernel_is_refused() -> None:

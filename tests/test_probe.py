@@ -8,7 +8,7 @@ import pytest
 from sklearn.linear_model import Ridge
 from sklearn.metrics import balanced_accuracy_score
 
-from cauc_dist import elastic, probe, recipes
+from cauc_dist import probe, recipes, spawn
 from cauc_dist.config import Encoder, Projector
 from cauc_dist.errors import BadInput
 from cauc_dist.prepare import prepare
@@ -37,7 +37,7 @@ def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         projector=Projector(8, 4),
     )
     folder = prepare(config, 1)
-    assert elastic.start(1, str(folder)) == 0
+    assert spawn.start(1, str(folder)) == 0
     return folder
 
 
@@ -236,7 +236,8 @@ def test_a_run_whose_weights_are_the_initial_ones_scores_as_untrained(run: Path,
     assert saved is not None
     initial = build_model(load(other), Store.open(store).shape)
     tensors = {**saved.tensors, **{f"parameter/{name}": p for name, p in initial.named_parameters()}}
-    checkpoint.save(other, saved.step + 1, tensors, saved.card, keep=1)
+    with checkpoint.Writer(other, saved.card, keep=1) as writer:
+        writer.save(saved.step + 1, tensors, 0.0)
     found = probe.probe([other], voxels=False)
     assert found.scores["demo_cauc"] == found.scores["untrained"]
     assert found.steps == {"demo_cauc": saved.step + 1}

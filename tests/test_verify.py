@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cauc_dist import elastic, losses, verify
+from cauc_dist import losses, spawn, verify
 from cauc_dist.errors import BadInput
 from cauc_dist.gather import AllGather, Ring
 from cauc_dist.losses import similar
@@ -371,7 +371,7 @@ def sabotaged(how: str, folder: Path, monkeypatch: pytest.MonkeyPatch, ranks: in
         "sys.exit(verify.main(['--device', 'cpu']))\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
-    return elastic.start(ranks, module="sabotaged", threads=1)
+    return spawn.start(ranks, module="sabotaged", threads=1)
 
 
 def test_a_fault_ends_the_command_with_code_1_the_diagnosis_and_no_traceback(
@@ -394,7 +394,8 @@ def test_a_killed_rank_ends_the_command_with_its_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert sabotaged("killed", tmp_path, monkeypatch, ranks=2) == 128 + 9
-    assert "rank 1 was ended by signal 9; the other ranks were stopped" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert re.search(r"rank 1 \(pid \d+\) was ended by signal 9 \(SIGKILL\); the other ranks were stopped\.", error)
 
 
 def test_a_rank_that_fails_says_which_and_where(
@@ -407,7 +408,7 @@ def test_a_rank_that_fails_says_which_and_where(
 
 
 def test_without_a_launcher_one_process_is_a_world_of_one(capfd: pytest.CaptureFixture[str]) -> None:
-    assert elastic.start(1, "--exchange", "ring", "--device", "cpu", module="cauc_dist.verify", threads=1) == 0
+    assert spawn.start(1, "--exchange", "ring", "--device", "cpu", module="cauc_dist.verify", threads=1) == 0
     out = capfd.readouterr().out
     assert "30 objectives, 1 rank on 1 host (CPU fp32, gloo, exchange ring, torch 2." in out
     assert out.endswith("against 1 process (CPU float64): all equal to 1e-05\n")

@@ -8,15 +8,28 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cauc_dist import config
+from cauc_dist.encoders.blocks import recompute
 from cauc_dist.encoders.cnn3d import CNN3d
 from cauc_dist.encoders.densenet3d import DenseNet121
 from cauc_dist.encoders.mlp import MLP
-from cauc_dist.encoders.norm import BatchNorm
+from cauc_dist.encoders.norm import BatchNorm, frozen
 from cauc_dist.encoders.projector import Model, Projector
 from cauc_dist.encoders.resnet import ResNet18
 from cauc_dist.errors import BadInput, nearest
 
-__all__ = ["MLP", "BatchNorm", "CNN3d", "DenseNet121", "Model", "Network", "Projector", "ResNet18", "build"]
+__all__ = [
+    "MLP",
+    "BatchNorm",
+    "CNN3d",
+    "DenseNet121",
+    "Model",
+    "Network",
+    "Projector",
+    "ResNet18",
+    "build",
+    "frozen",
+    "recompute",
+]
 
 Norm = Literal["batch", "group"]
 Network = CNN3d | DenseNet121 | ResNet18 | MLP

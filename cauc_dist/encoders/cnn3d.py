@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from cauc_dist.encoders.blocks import Blocks
 from cauc_dist.encoders.norm import norm
 from cauc_dist.encoders.pool import mean_max_pool
 
@@ -24,7 +25,7 @@ class CNN3d(nn.Module):
     def __init__(self, channels: int, width: int, kind: Literal["batch", "group"]) -> None:
         super().__init__()
         counts = [channels, *(width * 2**stage for stage in range(4))]
-        self.stages = nn.Sequential()
+        self.stages = Blocks()
         for before, after in pairwise(counts):
             conv = nn.Conv3d(before, after, 3, stride=2, padding=1, bias=False)
             nn.init.kaiming_normal_(conv.weight)

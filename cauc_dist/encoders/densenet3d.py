@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cauc_dist.encoders.blocks import Blocks
 from cauc_dist.encoders.norm import norm
 from cauc_dist.encoders.pool import mean_pool
 
@@ -43,9 +44,9 @@ class DenseNet121(nn.Module):
             if stages:
                 stages.append(_transition(self.width, kind))
                 self.width //= 2
-            stages.append(nn.Sequential(*[_Layer(self.width + i * GROWTH, kind) for i in range(layers)]))
+            stages.append(Blocks(*[_Layer(self.width + i * GROWTH, kind) for i in range(layers)]))
             self.width += layers * GROWTH
-        self.stages = nn.Sequential(*stages)
+        self.stages = Blocks(*stages)
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from cauc_dist.encoders.blocks import Blocks
 from cauc_dist.encoders.norm import norm
 from cauc_dist.encoders.pool import at_least_fp32
 
@@ -19,7 +20,7 @@ class MLP(nn.Module):
 
     def __init__(self, columns: int, width: int, kind: Literal["batch", "group"]) -> None:
         super().__init__()
-        self.layers = nn.Sequential()
+        self.layers = Blocks()
         for before in (columns, width):
             linear = nn.Linear(before, width, bias=False)
             nn.init.kaiming_normal_(linear.weight)

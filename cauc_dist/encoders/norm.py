@@ -3,10 +3,13 @@
 B  rows on this rank     C  channels     N  values of one channel in the GLOBAL batch     W  ranks
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -14,6 +17,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def norm(kind: Literal["batch", "group"], channels: int) -> nn.Module:
     """GroupNorm or a BatchNorm over all ranks, for (B, channels) and (B, channels, *spatial)."""
     return BatchNorm(channels) if kind == "batch" else nn.GroupNorm(groups(channels), channels)
+
+
+_frozen = False
+
+
+@contextmanager
+def frozen() -> Iterator[None]:
+    """BatchNorm leaves its running statistics alone: in a forward pass that is done twice, they are taken once."""
+    global _frozen
+    before, _frozen = _frozen, True
+    try:
+        yield
+    finally:
+        _frozen = before
 
 
 def groups(channels: int) -> int:
@@ -50,10 +67,15 @@ class BatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
-        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not self.training:
+            return super().forward(x)
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            if _frozen:
+                return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
             return super().forward(x)
         mean, var, count = _global_moments(x)
-        self._track(mean, var, count)
+        if not _frozen:
+            self._track(mean, var, count)
         rstd = torch.rsqrt(var + self.eps)
         y: Tensor = _Normalise.apply(x, self.weight, self.bias, mean, rstd, count)  # type: ignore[no-untyped-call]
         return y

@@ -30,15 +30,33 @@ class Model(nn.Module):
 
     Length and division are taken in fp32 even under bf16 autocast. A row of zeros stays zero. `normalise=False` leaves
     the rows as long as they are, for losses that compare distances off the sphere (Rank-N-Contrast, arXiv 2210.01189).
+    `bf16`: encoder and projector under autocast. `channels_last`: channels innermost in memory.
     """
 
-    def __init__(self, encoder: nn.Module, projector: nn.Module, normalise: bool = True) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        projector: nn.Module,
+        normalise: bool = True,
+        *,
+        bf16: bool = False,
+        channels_last: bool = False,
+    ) -> None:
         super().__init__()
         self.encoder, self.projector, self.normalise = encoder, projector, normalise
+        self.bf16, self.channels_last = bf16, channels_last
 
     def forward(self, x: Tensor) -> Tensor:
-        z = at_least_fp32(self.projector(self.encoder(x)))
+        x = x.to(next(self.projector.parameters()).dtype)
+        if self.channels_last:
+            x = x.contiguous(memory_format=_CHANNELS_LAST[x.ndim])
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            z = self.projector(self.encoder(x))
+        z = at_least_fp32(z)
         return unit_rows(z) if self.normalise else z
+
+
+_CHANNELS_LAST = {2: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def unit_rows(z: Tensor) -> Tensor:

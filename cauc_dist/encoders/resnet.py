@@ -8,6 +8,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cauc_dist.encoders.blocks import Blocks
 from cauc_dist.encoders.norm import norm
 from cauc_dist.encoders.pool import mean_pool
 
@@ -43,7 +44,7 @@ class ResNet18(nn.Module):
         for after in STAGES:
             blocks += [_Block(axes, before, after, kind), _Block(axes, after, after, kind)]
             before = after
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = Blocks(*blocks)
         self.width = before
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d):

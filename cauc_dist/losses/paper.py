@@ -9,6 +9,7 @@ b = n. Time M^2 D, memory a few times z. Nothing checks that rows are of unit no
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from cauc_dist.kernels import Kernel
@@ -153,7 +154,8 @@ def geometry(
 ) -> dict[str, float]:
     """What to watch in any training: alignment and uniformity, and their conditional forms where a kernel is given.
 
-    Of defaults but for t and alpha, without gradient; one exchange for all of them.
+    Of defaults but for t and alpha, without gradient; one exchange for all of them. effective_rank: of the embeddings
+    of the batch, 1 where they collapse to a line, D where they fill all directions alike.
     """
     spread(t)
     positive(alpha=alpha)
@@ -166,4 +168,18 @@ def geometry(
         weights = Weights(kernel, y, z.dtype)
         watched["conditional_alignment"] = _alignment(batch, y, weights, alpha, "row")
         watched["conditional_uniformity"] = _uniformity(batch, weights, t, "global", "within", None)
-    return dict(zip(watched, terms.measure(batch, *watched.values()), strict=True))
+    gram = batch.total(lambda _, block: _gram(block))
+    found = dict(zip(watched, terms.measure(batch, *watched.values()), strict=True))
+    return found | {"effective_rank": effective_rank(gram)}
+
+
+def _gram(z: Tensor) -> Tensor:
+    rows = z.flatten(0, 1).double()
+    return rows.T @ rows
+
+
+def effective_rank(gram: Tensor) -> float:
+    """exp of the entropy of the singular values, as shares of their sum (Roy & Vetterli 2007), from Z^T Z (D, D)."""
+    singular = torch.linalg.eigvalsh(gram.double()).clamp_min(0).sqrt()
+    shares = singular / singular.sum()
+    return float(torch.special.entr(shares).sum().exp())

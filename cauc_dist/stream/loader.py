@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cauc_dist.errors import BadInput
 from cauc_dist.store.reader import Damaged
-from cauc_dist.stream.plan import Plan, Rows, per_rank
+from cauc_dist.stream.plan import Plan, Rows, per_rank, shares
 from cauc_dist.stream.values import Expand, Normalise, Values, Volumes, values
 
 OnDamage = Literal["raise", "skip"]
@@ -201,7 +201,8 @@ class Loader(ReadAhead):
     """The batches of steps start..stop-1 of a plan, for one rank; resuming is a matter of `start`.
 
     `dataset` normalises by the scans of the plan. Expanded batches are on `device`; to CUDA they cross as stored (a
-    packed volume is 6.5 times smaller than its float32).
+    packed volume is 6.5 times smaller than its float32). With `chunks` above 1 a step's scans come in so many parts,
+    and then once more: for an encoder that works in two passes.
     """
 
     def __init__(
@@ -213,6 +214,7 @@ class Loader(ReadAhead):
         world_size: int,
         start: int,
         stop: int,
+        chunks: int = 1,
         normalise: Normalise = "volume",
         threads: int = 2,
         prefetch: int = 2,
@@ -220,11 +222,17 @@ class Loader(ReadAhead):
         on_damage: OnDamage = "raise",
         device: torch.device | None = None,
     ) -> None:
-        b = per_rank(plan.batch_size, world_size)  # refuse here, not in the first step
+        b = per_rank(plan.batch_size, world_size)[rank]  # refuse here, not in the first step
+        sizes = shares(b, chunks)
         super().__init__(
             store,
-            ((step, plan.rank_batch(step, rank, world_size)) for step in range(start, stop)),
-            b,
+            (
+                (step, rows)
+                for step in range(start, stop)
+                for _ in range(1 if chunks == 1 else 2)
+                for rows in np.split(plan.rank_batch(step, rank, world_size), np.cumsum(sizes)[:-1])
+            ),
+            sizes[0],
             values=values(store, normalise, plan.rows),
             threads=threads,
             prefetch=prefetch,

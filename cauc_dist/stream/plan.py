@@ -89,17 +89,20 @@ def balanced(weights: ArrayLike | None, groups: ArrayLike, subjects: Sequence[Ha
     return w / np.where(often > 0, often, 1)[group]
 
 
-def per_rank(batch_size: int, world_size: int) -> int:
-    """b: subjects a step on one rank; BadInput where the global batch does not divide."""
-    if batch_size % world_size or batch_size < 1:
-        below = batch_size // world_size * world_size
-        use = f"{below} or {below + world_size}" if below > 0 else f"{world_size}"
+def shares(n: int, parts: int) -> list[int]:
+    """How many of n subjects each part holds (ranks of a world, chunks of a rank): n / parts, one more on the first."""
+    return [n // parts + (part < n % parts) for part in range(parts)]
+
+
+def per_rank(batch_size: int, world_size: int) -> list[int]:
+    """Subjects a step on each rank; BadInput where one would have none."""
+    if batch_size < world_size:
         raise BadInput(
-            f"batch_size {batch_size} does not divide over {world_size} ranks",
-            wanted=f"a multiple of {world_size}",
-            do=f"Use {use}",
+            f"batch_size {batch_size} over {world_size} ranks",
+            wanted="a subject a rank",
+            do=f"Use {world_size} or more, or fewer ranks",
         )
-    return batch_size // world_size
+    return shares(batch_size, world_size)
 
 
 def raw(n: int, seed: int, epoch: int, stream: int) -> NDArray[np.uint64]:
@@ -179,11 +182,12 @@ class Plan:
         return rows
 
     def rank_batch(self, step: int, rank: int, world_size: int) -> Rows:
-        """(b,) rows of one rank: the rank-th of world_size equal slices of the global batch."""
-        b = per_rank(self.batch_size, world_size)
+        """(b,) rows of one rank: its share of the global batch, in order."""
+        sizes = per_rank(self.batch_size, world_size)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}; wanted 0 to {world_size - 1}")
-        return self.batch(step)[rank * b : (rank + 1) * b]
+        start = sum(sizes[:rank])
+        return self.batch(step)[start : start + sizes[rank]]
 
     def _order(self, epoch: int) -> Rows:
         """(steps, batch_size) rows of an epoch. Two are kept: a loader is ahead of the step that it feeds."""

@@ -27,6 +27,7 @@ from cauc_dist.losses import (
     y_aware_infonce,
 )
 from cauc_dist.losses.batch import NonFinite
+from cauc_dist.stream.plan import shares
 from tests import oracles
 from tests.losses.cases import EVERY, WITH_KERNEL
 from tests.ranks import run_ranks
@@ -257,7 +258,7 @@ def not_finite_on_the_last_rank(exchange: str) -> list[tuple[str, list[int]]]:
     from cauc_dist import gather
 
     rank, world = dist.get_rank(), dist.get_world_size()
-    z = torch.split(oracles.unit(2, SUBJECTS, 4), gather.shares(SUBJECTS, world), 1)[rank].clone()
+    z = torch.split(oracles.unit(2, SUBJECTS, 4), shares(SUBJECTS, world), 1)[rank].clone()
     if rank == world - 1:
         z[0, 0, 1], z[1, -1, 0] = math.nan, math.inf
     e, y, found = getattr(gather, exchange)(SUBJECTS), oracles.cohort(SUBJECTS), []

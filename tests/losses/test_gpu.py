@@ -69,7 +69,7 @@ def share(exchange: Any) -> slice:
     """The rows of this rank."""
     import torch.distributed as dist
 
-    from cauc_dist.gather import shares
+    from cauc_dist.stream.plan import shares
 
     sizes, rank = shares(N, dist.get_world_size()), dist.get_rank()
     return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))

@@ -365,12 +365,16 @@ def test_geometry_is_each_loss_on_its_own_without_gradient(views: int, with_kern
     if with_kernel:
         wanted["conditional_alignment"] = losses.conditional_alignment(z, at.y, at.kernel, 1.0)
         wanted["conditional_uniformity"] = losses.conditional_uniformity(z, at.y, at.kernel, 3.0)
+    p = torch.linalg.svdvals(z.flatten(0, 1))  # Roy & Vetterli 2007
+    p = p / p.sum()
+    wanted["effective_rank"] = (-(p * p.log()).sum()).exp()
     y, kernel = (at.y, at.kernel) if with_kernel else (None, None)
     found = losses.geometry(z, y, kernel, t=3.0, alpha=1.0)
     assert found.keys() == wanted.keys()
     for name, value in found.items():
         assert isinstance(value, float)
-        assert value == pytest.approx(wanted[name].item(), rel=1e-13), name
+        # Singular values as roots of eigenvalues lose half of the digits.
+        assert value == pytest.approx(wanted[name].item(), rel=1e-6 if name == "effective_rank" else 1e-13), name
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------

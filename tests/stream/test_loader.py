@@ -399,6 +399,21 @@ def test_a_damaged_scan_is_skipped_where_asked_and_the_others_are_untouched(
         assert (got.volumes[~sound] == 0).all()
 
 
+def test_chunks_are_a_ranks_rows_in_parts_and_all_of_them_again(many: Store) -> None:
+    """5 subjects over 2 ranks, the first's 3 in 2 chunks; memory is that of a chunk."""
+    plan = plan_of(many, 5)
+    ours: dict[str, Any] = {"rank": 0, "world_size": 2, "start": 1, "stop": 3}
+    with Loader(many, plan, **ours) as whole:
+        wanted = {batch.step: (batch.rows.tolist(), batch.volumes.clone()) for batch in whole}
+    with Loader(many, plan, chunks=2, **ours) as parts:
+        found = [(b.step, b.rows.tolist(), b.volumes.clone(), len(b.volumes)) for b in parts]
+    assert [(step, size) for step, _, _, size in found] == [(s, n) for s in (1, 2) for n in (2, 1, 2, 1)]
+    for at in range(0, 8, 2):
+        step = found[at][0]
+        assert found[at][1] + found[at + 1][1] == wanted[step][0]
+        assert torch.equal(torch.cat([found[at][2], found[at + 1][2]]), wanted[step][1])
+
+
 def test_impossible_settings_are_refused_at_once(many: Store) -> None:
     plan = plan_of(many, 6)
     for settings, words in (
@@ -406,7 +421,7 @@ def test_impossible_settings_are_refused_at_once(many: Store) -> None:
         ({"prefetch": 0}, "prefetch 0; wanted at least 1"),
         ({"on_damage": "ignore"}, "on_damage 'ignore'; wanted raise or skip. Use one of the two"),
         ({"normalise": "z"}, "normalise 'z'; wanted volume, dataset or none. Use one of the three"),
-        ({"world_size": 4}, "batch_size 6 does not divide over 4 ranks"),
+        ({"world_size": 7}, "batch_size 6 over 7 ranks"),
     ):
         with pytest.raises(BadInput, match=words):
             Loader(many, plan, **{"rank": 0, "world_size": 1, "start": 0, "stop": 1, **settings})  # type: ignore[arg-type]

@@ -438,14 +438,13 @@ def test_one_fold_trains_on_everybody() -> None:
     assert held.dtype == np.int64
 
 
-def test_a_batch_that_does_not_divide_suggests_the_nearest_two() -> None:
-    with pytest.raises(BadInput, match=r"batch_size 100 does not divide over 16 ranks.*Use 96 or 112"):
-        singles(ROWS, 100, seed=0).rank_batch(0, 0, 16)
-    with pytest.raises(
-        BadInput, match=r"batch_size 3 does not divide over 16 ranks; wanted a multiple of 16. Use 16\."
-    ):
-        per_rank(3, 16)
-    assert per_rank(96, 16) == 6
+def test_a_batch_that_does_not_divide_is_dealt_out_and_a_rank_without_a_subject_refused() -> None:
+    plan = singles(ROWS, 100, seed=0)
+    slices = [plan.rank_batch(3, rank, 16).tolist() for rank in range(16)]
+    assert [len(rows) for rows in slices] == [7] * 4 + [6] * 12 == per_rank(100, 16)
+    assert [row for rows in slices for row in rows] == plan.batch(3).tolist()
+    with pytest.raises(BadInput, match=r"batch_size 3 over 16 ranks; wanted a subject a rank. Use 16 or more, or"):
+        singles(ROWS, 3, seed=0).rank_batch(0, 0, 16)
 
 
 def test_impossible_plans_are_refused() -> None:
