@@ -43,8 +43,8 @@ STORE = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code.
 
-    0 done, 1 a fault that `verify` found, 2 bad input, 3 non-finite loss, 4 done with scans set aside, 130 interrupted,
-    else a dead rank's.
+    0 done, 1 a fault that `verify` found, 2 bad input, 3 non-finite loss, 4 done with scans set aside, 5 stopped by a
+    signal after a checkpoint, 6 a rank is gone, 130 interrupted, else a dead rank's.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -439,7 +439,7 @@ class Resume:
     run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run folder."""
     ranks: int | None = None
-    """Processes on this machine, whatever number the run began with; default as for `train`."""
+    """Processes on this machine; default: as many as it had, or those that srun, mpiexec or torchrun started."""
 
 
 def _resume(arguments: Sequence[str]) -> int:
@@ -448,7 +448,10 @@ def _resume(arguments: Sequence[str]) -> int:
 
 def _old(arguments: Sequence[str], world: "World") -> tuple[Path, int, int]:
     options = _parse(Resume, "resume", arguments)
-    ranks = _ranks(options.ranks, world)
+    asked = options.ranks
+    if asked is None and world.world_size == 1:
+        asked = _ranks_before(options.run)
+    ranks = _ranks(asked, world)
     from cauc_dist import checkpoint
     from cauc_dist.prepare import check, check_store, load
     from cauc_dist.train import card
@@ -471,6 +474,14 @@ def _ranks(asked: int | None, world: "World") -> int:
     ranks = world.world_size if asked is None else asked
     _at_least_one(ranks)
     return ranks
+
+
+def _ranks_before(run: Path) -> int | None:
+    """How many ranks an earlier life of the run had, where they were started on one machine."""
+    from cauc_dist import journal
+
+    begun = [event for event in journal.read(run) if event["event"] in ("start", "resume")]
+    return begun[-1]["ranks"] if begun and begun[-1].get("launcher") in ("single", "environment") else None
 
 
 def _here(world: "World") -> int | None:

@@ -93,6 +93,9 @@ class Engine:
         deepspeed = _import_deepspeed(device)
         self.parameters = sum(p.numel() for p in model.parameters())  # before ZeRO 3 takes them apart
         self.config = deepspeed_config(run, world)
+        # A buffer of that many numbers is allocated: by default 1.9 GiB, whatever the model.
+        bucket = min(500_000_000, 1024 * math.ceil(self.parameters / 1024))
+        self.config["zero_optimization"] = {"reduce_bucket_size": bucket, **self.config["zero_optimization"]}
         os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed insists on it, whatever started the ranks
         double = run.engine.precision == "fp64"
         model = model.to(device, torch.float64 if double else None)
@@ -105,7 +108,7 @@ class Engine:
             self._reduce_in_float64()
         self._stage, self._world = run.engine.zero_stage, world
         self._moments = optimisers.moments(run.optim)
-        self._decay = run.optim.ema
+        self._updates, self._decay = 0, run.optim.ema
         self._average = {n: p.detach().clone() for n, p in model.named_parameters()} if self._decay else {}
         self.device = device
 
@@ -167,13 +170,16 @@ class Engine:
             norm = float(self._engine.get_global_grad_norm())
         if not 0 <= norm < math.inf:
             raise FloatingPointError(f"the gradient's norm is {norm}")
+        self._updates += 1
         self._follow()
         return norm
 
     @torch.no_grad()
     def _follow(self) -> None:
+        """A short run's average forgets the random weights that it began with: its decay grows up to the run's."""
+        decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
         for name, p in self.module.named_parameters() if self._average else ():
-            self._average[name].lerp_(p, 1 - self._decay)
+            self._average[name].lerp_(p, 1 - decay)
 
     def _norm_of_reduced_gradients(self) -> float:
         grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
@@ -184,13 +190,16 @@ class Engine:
 
         A collective: call it on every rank. Memory: copies of all of them, on every rank.
         """
-        self._link_moments()
+        if self._updates:
+            self._link_moments()
         tensors = {f"buffer/{name}": _copy(b) for name, b in self.module.named_buffers()}
         for name, p in self.module.named_parameters():
             tensors[f"parameter/{name}"] = _copy(self._full(p))
-            tensors |= {f"{key}/{name}": _copy(self._full(p, key)) for key in self._moments}
+            full = tensors[f"parameter/{name}"]
+            for key in self._moments:  # before a first update there are none
+                tensors[f"{key}/{name}"] = _copy(self._full(p, key)) if self._updates else torch.zeros_like(full)
         tensors |= {f"ema/{name}": _copy(average) for name, average in self._average.items()}
-        tensors["optimizer/step"] = self._steps_done()
+        tensors["optimizer/step"] = torch.tensor(float(self._updates))
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -198,6 +207,7 @@ class Engine:
 
         `checkpoint.load_module` loads parameters and buffers BEFORE the engine is made: its fp32 masters are copies.
         """
+        self._updates = int(tensors["optimizer/step"])
         # The fused kernel reads the step count on its own device.
         step = tensors["optimizer/step"].to(self.device if self.device.type == "cuda" else "cpu")
         for p in self._inner_parameters():
@@ -230,10 +240,6 @@ class Engine:
             return
         for group in self._inner.param_groups:
             yield from group["params"]
-
-    def _steps_done(self) -> Tensor:
-        states = [state["step"] for state in self._inner.state.values() if "step" in state]
-        return torch.as_tensor(states[0] if states else 0.0, dtype=torch.float32).reshape(()).cpu().clone()
 
     def _full(self, p: nn.Parameter, key: str | None = None) -> Tensor:
         if self._stage == 0:

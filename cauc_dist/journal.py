@@ -1,11 +1,14 @@
 """The record of a run: one JSON object a line, one line an event, appended by rank 0."""
 
+import contextlib
 import json
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+from cauc_dist.errors import BadInput
 
 FILE = "journal.jsonl"
 
@@ -28,12 +31,20 @@ class Journal:
         if self._file is None:
             return
         line = json.dumps({"event": event, "time": round(time.time(), 3), **_finite(fields)}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise BadInput(
+                f"{self._file.name} could not be written: {error.strerror}",
+                wanted="room for the journal",
+                do="free space, then `cauc resume` goes on from the newest checkpoint",
+            ) from None
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what could not be written has been told
+                self._file.close()
 
     def __enter__(self) -> "Journal":
         return self

@@ -1,11 +1,13 @@
-"""What a step needs, measured on two subjects before training, and how many subjects at once fit a budget.
+"""What a step needs, measured on a subject before training, and how many subjects at once fit a budget.
 
 b subjects a rank, V views, W ranks.
 """
 
+import contextlib
 import math
 import os
 import resource
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -18,8 +20,8 @@ from cauc_dist.config import RunConfig
 from cauc_dist.world import World
 
 GIB = 2**30
-OVERHEAD = 1.3
-"""What a backward pass holds beyond what was saved for it, and what allocators leave unused."""
+OVERHEAD, RECOMPUTED = 1.3, 4.0
+"""What a backward pass holds over what was saved for it; and where it computes blocks again (measured: 2.5 to 3.8)."""
 
 
 class Need(NamedTuple):
@@ -35,17 +37,20 @@ class Need(NamedTuple):
 def need(model: nn.Module, run: RunConfig, shape: tuple[int, ...], world_size: int, device: torch.device) -> Need:
     """Parameters, gradients and optimiser; and what the encoder keeps of a subject for its backward pass.
 
-    Costs a forward pass of two subjects. A collective where the encoder has BatchNorm. Random numbers are left alone.
+    Costs a forward pass of a subject. A collective where the encoder has BatchNorm. Random numbers are left alone.
     """
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     state = 1 + len(optimisers.moments(run.optim))  # ZeRO: a copy of the weights, and the moments
     partitions = world_size if run.engine.zero_stage else 1
     fixed = parameters * (2 + state / partitions + (run.optim.ema > 0))
-    x = torch.zeros((2 * run.augment.views, *shape), device=device)
+    x = torch.zeros((run.augment.views, *shape), device=device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), encoders.frozen():
-        each = kept(model.train(), x) / 2
+        each = kept(model.train(), x)
+    if device.type == "cuda":  # of the measuring, nothing shall count
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     volumes = 4 * math.prod(shape) * (run.data.prefetch + 1 if device.type == "cpu" else 1)
-    return Need(fixed, OVERHEAD * each + volumes)
+    return Need(fixed, (RECOMPUTED if run.engine.recompute else OVERHEAD) * each + volumes)
 
 
 def kept(model: nn.Module, x: Tensor) -> int:
@@ -72,10 +77,22 @@ def budget(run: RunConfig, world: World, device: torch.device) -> float:
         return run.engine.memory_gib * GIB
     if device.type == "cuda":
         return 0.9 * torch.cuda.mem_get_info(device)[0]
-    free = float(psutil.virtual_memory().available)
-    if "SLURM_MEM_PER_NODE" in os.environ:  # of the job, in MiB
-        free = min(free, int(os.environ["SLURM_MEM_PER_NODE"]) * 2**20)
-    return free / 2 / world.local_size
+    return min(float(psutil.virtual_memory().available), *limits()) / 2 / world.local_size
+
+
+def limits() -> list[float]:
+    """Bytes that a job may use on this host: SLURM's, and those of the control groups that this process is in."""
+    found, env = [math.inf], os.environ
+    if "SLURM_MEM_PER_NODE" in env:  # in MiB, as the next
+        found.append(float(env["SLURM_MEM_PER_NODE"]) * 2**20)
+    if "SLURM_MEM_PER_CPU" in env and "SLURM_CPUS_ON_NODE" in env:
+        found.append(float(env["SLURM_MEM_PER_CPU"]) * float(env["SLURM_CPUS_ON_NODE"]) * 2**20)
+    with contextlib.suppress(OSError):
+        own = Path("/proc/self/cgroup").read_text().partition("0::/")[2].partition("\n")[0]
+        for group in (Path("/sys/fs/cgroup", own), *Path("/sys/fs/cgroup", own).parents):
+            if (text := group / "memory.max").is_file() and (limit := text.read_text().strip()) != "max":
+                found.append(float(limit))
+    return found
 
 
 def chunk(budget: float, need: Need, share: int) -> int:

@@ -71,7 +71,7 @@ def check(run: RunConfig, ranks: int, local: int | None = None) -> Store:
     """Everything that can be known to be wrong before training: settings, store, columns, split, batch size."""
     _check_numbers(run)
     _check_engine(run, ranks)
-    _check_devices(run, ranks if local is None else local)
+    _check_devices(run, ranks, local)
     store = Store.open(run.data.store)
     train, _ = parts(run, store)
     store.require(run.objective.columns, train)
@@ -206,7 +206,10 @@ def _check_engine(run: RunConfig, ranks: int) -> None:
     deepspeed_config(run, World(0, 0, ranks))
 
 
-def _check_devices(run: RunConfig, ranks: int) -> None:
+def _check_devices(run: RunConfig, ranks: int, local: int | None) -> None:
+    if local is not None and torch.cuda.device_count() == 1:
+        return  # a launcher that shows each rank a GPU of its own; NCCL refuses one that ranks share
+    ranks = ranks if local is None else local
     if World().device(run.engine.device).type == "cuda" and ranks > torch.cuda.device_count():
         raise BadInput(
             f"{ranks} ranks on {torch.cuda.device_count()} GPUs",

@@ -26,7 +26,7 @@ from cauc_dist import checkpoint, encoders, memory, optimisers
 from cauc_dist.config import RunConfig
 from cauc_dist.engine import Engine
 from cauc_dist.errors import BAD_INPUT, LOST, NON_FINITE, STOPPED, BadInput
-from cauc_dist.journal import Journal
+from cauc_dist.journal import Journal, read
 from cauc_dist.objective import Objective
 from cauc_dist.prepare import check_store, load, plan_of, stage_folder
 from cauc_dist.progress import Progress
@@ -159,8 +159,9 @@ def train(run: RunConfig, world: World, stop: Stop | None = None) -> None:
                 if world.world_size > 1:
                     shared = communication(engine)
             asked = int(trainer.facts[:, 0].max())
-            if asked or _due(number + 1, plan.steps_per_epoch, run.checkpoint.every_epochs, total):
-                saves.save(engine, number + 1)
+            due = _due(number + 1, plan.steps_per_epoch, run.checkpoint.every_epochs, total)
+            if asked or due:
+                saves.save(engine, number + 1, due=due)
                 journal.write("checkpoint", step=number + 1)
             if asked and number + 1 < total:
                 saves.close()
@@ -182,10 +183,10 @@ class Saves:
         if world.rank == 0:
             self._writer = checkpoint.Writer(run.folder, belongs, keep=c.keep, best=c.best, background=c.background)
 
-    def save(self, engine: Engine, step: int) -> None:
-        """A collective: call it on every rank."""
+    def save(self, engine: Engine, step: int, *, due: bool) -> None:
+        """A collective: call it on every rank. One that is not `due` has no mean loss to be the best by."""
         tensors = engine.state()
-        loss = float(np.mean(self.losses)) if self.losses else float("nan")
+        loss = float(np.mean(self.losses)) if self.losses and due else float("nan")
         self.losses = []
         self._agreed(lambda writer: writer.save(step, tensors, loss))
 
@@ -267,7 +268,7 @@ def open_engine(run: RunConfig, world: World, store: Store, belongs: dict[str, A
     device = world.device(run.engine.device)
     model.to(device, torch.float64 if run.engine.precision == "fp64" else None)
     need, budget = memory.need(model, run, store.shape, world.world_size, device), memory.budget(run, world, device)
-    chunks = cut(run, world, need, budget)
+    chunks = cut(run, world, need, budget, start)
     if run.engine.compile:
         model.encoder.compile()
     engine = Engine(model, run, world, device)
@@ -277,15 +278,28 @@ def open_engine(run: RunConfig, world: World, store: Store, belongs: dict[str, A
     return Opened(engine, start, complaints, chunks, need, budget)
 
 
-def cut(run: RunConfig, world: World, need: memory.Need, budget: float) -> int:
-    """How many chunks each rank encodes its share in: the same number on all. A collective where it is measured."""
+def cut(run: RunConfig, world: World, need: memory.Need, budget: float, start: int) -> int:
+    """How many chunks each rank encodes its share in: the same number on all. A collective where it is measured.
+
+    At most the smallest share: none is empty, and where shares are uneven a chunk of 1 may hold 2.
+    """
     sizes = per_rank(run.batch_size, world.world_size)
     chunk = run.engine.encode_chunk
     if chunk == "auto":
         fits = torch.tensor(memory.chunk(budget, need, sizes[0]), device=world.device(run.engine.device))
         dist.all_reduce(fits, dist.ReduceOp.MIN)
+        told = [measured_before(run, world) if world.rank == 0 and start else None]
+        dist.broadcast_object_list(told, src=0)
+        if told[0]:
+            return told[0]
         chunk = int(fits)
     return 1 if chunk is None else min(-(-sizes[0] // chunk), sizes[-1])
+
+
+def measured_before(run: RunConfig, world: World) -> int | None:
+    """The chunks of an earlier life of the run on as many ranks: a run that goes on ends with the same bits."""
+    begun = [event for event in read(run.folder) if event["event"] in ("start", "resume")]
+    return begun[-1]["chunks"] if begun and begun[-1]["ranks"] == world.world_size else None
 
 
 def open_store(run: RunConfig, *, quiet: bool) -> Store:
@@ -388,23 +402,33 @@ def _main(folder: str, stop: Stop) -> int:
     except Elsewhere:
         return BAD_INPUT
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}", error)
         return BAD_INPUT
     except OSError as error:
-        print(f"error: {error}. Check the path, its permissions and the disk. {_goes_on(folder)}", file=sys.stderr)
+        _say(f"error: {error}. Check the path, its permissions and the disk. {_goes_on(folder)}", error)
         return BAD_INPUT
-    except (NonFinite, Stopped) as error:
+    except NonFinite as error:
         if world.rank == 0:  # it is the same on every rank
-            print(
-                f"error: {error}" if isinstance(error, NonFinite) else f"{error}: {_goes_on(folder)}", file=sys.stderr
-            )
-        return NON_FINITE if isinstance(error, NonFinite) else STOPPED
+            _say(f"error: {error}", error)
+        return NON_FINITE
+    except Stopped as error:
+        if world.rank == 0:
+            _say(f"{error}: {_goes_on(folder)}", error)
+        return STOPPED
     return 0
+
+
+def _say(line: str, error: Exception) -> None:
+    """The line, and what was added to the error on its way (a checkpoint that could not be written)."""
+    print("\n".join([line, *getattr(error, "__notes__", [])]), file=sys.stderr)
 
 
 def _threads(world: World) -> int:
     """The share of a rank of the host's cores; srun may have bound it to them already."""
-    return cores() if cores() < (os.cpu_count() or 1) else max(1, cores() // world.local_size)
+    if "SLURM_CPUS_PER_TASK" in os.environ:
+        return int(os.environ["SLURM_CPUS_PER_TASK"])
+    bound = world.source == "slurm" and cores() < (os.cpu_count() or 1)
+    return cores() if bound else max(1, cores() // world.local_size)
 
 
 def _of_communication(error: RuntimeError) -> bool:
@@ -415,8 +439,10 @@ def _of_communication(error: RuntimeError) -> bool:
 
 def _gone(world: World, missing: Sequence[int], folder: str) -> str:
     names = ", ".join(world.name(rank) for rank in missing)
-    verb = "is" if len(missing) == 1 else "are"
-    return f"{names} {verb} gone, or frozen; the others end too. {_goes_on(folder)}"
+    told = f"{names} is gone, or frozen"
+    if len(missing) > 1:  # one may be at work, and not have met the closed sockets yet
+        told = f"{names} do not answer: one of them at least is gone, or frozen"
+    return f"{told}; the others end too. {_goes_on(folder)}"
 
 
 def _goes_on(folder: str) -> str:
@@ -424,4 +450,9 @@ def _goes_on(folder: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    code = main(sys.argv[1])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(
+        code
+    )  # in the interpreter's teardown torch has ended with std::terminate, rarely (docs/log.md, 2026-11-24)

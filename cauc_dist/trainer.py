@@ -91,6 +91,8 @@ class Trainer:
         """One update; returns the terms of the loss on the GLOBAL batch, the same numbers on every rank."""
         began, self.feed.wait = time.perf_counter(), 0.0
         z, sound = self._encode(step) if self.chunks == 1 else self._embed(step)  # (V, b, D), (b,)
+        if z.device.type == "cuda":
+            torch.cuda.synchronize()  # what follows waits for it all the same
         encoded = time.perf_counter() - began - self.feed.wait
         exchange, kept = self._meet(sound)
         self.skipped = tuple(itertools.compress(step.ids, ~kept))
@@ -106,7 +108,10 @@ class Trainer:
         else:
             (dz,) = torch.autograd.grad(loss, z)
             self.engine.backward(self._surrogates(step, dz, sound), self.chunks)
-        geometry = self.objective.geometry(rows.detach(), step.y, exchange)
+        try:
+            geometry = self.objective.geometry(rows.detach(), step.y, exchange)
+        except (NonFiniteEmbeddings, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+            geometry = {"uniformity": float("nan")}  # it is only watched, and alike on every rank
         exchange.close()
         try:
             norm = self.engine.update(step.lr)

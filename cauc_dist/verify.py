@@ -10,7 +10,6 @@ ranks, as DeepSpeed and DDP do), and by rank 0 alone on the whole batch, in floa
 import argparse
 import copy
 import math
-import os
 import signal
 import socket
 import sys
@@ -303,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         world = World.from_env()
-        check(options.device, int(os.environ.get("LOCAL_WORLD_SIZE", world.local_rank + 1)))
+        check(options.device, world.local_size)
         device = world.device(options.device)
         with world.process_group(device):
             fine = verify(options.exchange, device)

@@ -97,7 +97,9 @@ class World:
             )
         if wanted == "cpu" or not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", self.local_rank)
+        # srun --gpus-per-task and the like show each rank its own GPU only.
+        alone = self.source in ("slurm", "mpi") and torch.cuda.device_count() == 1
+        return torch.device("cuda", 0 if alone else self.local_rank)
 
     @contextlib.contextmanager
     def process_group(self, device: "torch.device", start_minutes: float = 30.0) -> Iterator[None]:

@@ -9,7 +9,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-
 # What DeepSpeed imports when an engine is made costs 3 s; a fork of a process that has it costs nothing.
 PRELOADED = ["torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "cauc_dist.train"]
 

@@ -119,8 +119,9 @@ def resumed(folder: Path, stage: int, optim: dict[str, Any]) -> dict[str, Tensor
 def test_the_average_of_the_weights_is_that_of_the_formula() -> None:
     weights, average = run_ranks(1, averaged)[0]
     expected = network()[0].weight.detach()  # type: ignore[index]
-    for weight in weights:
-        expected = 0.75 * expected + 0.25 * weight
+    for t, weight in enumerate(weights, start=1):
+        decay = min(0.75, (1 + t) / (10 + t))
+        expected = decay * expected + (1 - decay) * weight
     torch.testing.assert_close(average, expected)
 
 
@@ -135,6 +136,22 @@ def averaged() -> tuple[list[Tensor], Tensor]:
         update(engine, (engine(torch.randn(N, 5)) ** 2).mean(), lr=0.1)
         weights.append(engine.state()["parameter/0.weight"])
     return weights, engine.state()["ema/0.weight"]
+
+
+def untouched(stage: int) -> dict[str, Tensor]:
+    from cauc_dist.engine import Engine
+
+    config = RunConfig(name="test", batch_size=N, engine=Settings(zero_stage=stage))  # type: ignore[arg-type]
+    return Engine(network(), config, World(), torch.device("cpu")).state()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_before_the_first_update_the_state_is_that_of_a_fresh_start(stage: int) -> None:
+    """A signal may ask for a checkpoint when the first step was left out."""
+    state = run_ranks(1, untouched, stage)[0]
+    assert torch.equal(state["parameter/0.weight"], network()[0].weight)  # type: ignore[index]
+    assert all(not state[f"{key}/0.weight"].any() for key in ("exp_avg", "exp_avg_sq"))
+    assert state["optimizer/step"] == 0
 
 
 def test_the_state_is_a_copy_that_later_steps_do_not_touch(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,23 @@ from tests.test_train import config, curve
 STEPS = 24  # 8 epochs of 3
 
 
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()  # the kernel ends its ranks
+        process.communicate()
+
+
 def started(folder: Path, ranks: int = 2) -> subprocess.Popen[str]:
     code = f"import sys; from cauc_dist import spawn; sys.exit(spawn.start({ranks}, {str(folder)!r}, threads=1))"
     pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=pipe, text=True)
+    STARTED.append(subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=pipe, text=True))
+    return STARTED[-1]
 
 
 def pids(parent: subprocess.Popen[str]) -> list[int]:
@@ -138,6 +152,7 @@ def test_where_a_rank_is_killed_without_a_parent_to_say_so_the_others_name_it(st
         )
         for rank in range(3)
     ]
+    STARTED.extend(ranks)
     after(folder, ranks[0], 3)
     ranks[1].kill()
     errors = [rank.communicate(timeout=60)[1] for rank in ranks]

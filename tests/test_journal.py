@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from cauc_dist import journal
+from cauc_dist.errors import BadInput
 from cauc_dist.journal import Journal
 
 
@@ -56,3 +59,12 @@ def test_non_finite_numbers_are_null_and_the_line_is_json(tmp_path: Path) -> Non
 
 def test_a_run_without_journal_has_no_events(tmp_path: Path) -> None:
     assert journal.read(tmp_path) == []
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / journal.FILE).symlink_to("/dev/full")
+    with (
+        pytest.raises(BadInput, match=r"journal\.jsonl could not be written: No space left on device; wanted room"),
+        journal.Journal(tmp_path) as written,
+    ):
+        written.write("start")

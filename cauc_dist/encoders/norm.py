@@ -70,24 +70,38 @@ class BatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(x)
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            if _frozen:
-                return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-            return super().forward(x)
+            mean, var = (None, None) if _frozen else (running.clone() for running in self._running)
+            y = F.batch_norm(x, mean, var, self.weight, self.bias, training=True, momentum=self._pace, eps=self.eps)
+            self._track(mean, var)
+            return y
         mean, var, count = _global_moments(x)
         if not _frozen:
-            self._track(mean, var, count)
+            now = zip(self._running, (mean, var * (count / (count - 1))), strict=True)
+            self._track(*(running.lerp(new.to(running), self._pace) for running, new in now))
         rstd = torch.rsqrt(var + self.eps)
-        y: Tensor = _Normalise.apply(x, self.weight, self.bias, mean, rstd, count)  # type: ignore[no-untyped-call]
-        return y
+        return _Normalise.apply(x, self.weight, self.bias, mean, rstd, count)  # type: ignore[no-any-return, no-untyped-call]
 
-    @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        """Running mean and unbiased running variance, the same bits on every rank."""
+    @property
+    def _running(self) -> tuple[Tensor, Tensor]:
         assert self.running_mean is not None
         assert self.running_var is not None
+        return self.running_mean, self.running_var
+
+    @property
+    def _pace(self) -> float:
         assert self.momentum is not None
-        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-        self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var), self.momentum)
+        return self.momentum
+
+    @torch.no_grad()
+    def _track(self, *running: Tensor | None) -> None:
+        """Take (mean, unbiased variance), the same bits on every rank; what is not finite stays as it was.
+
+        A step that is not finite is left out, and running statistics would not recover from it.
+        """
+        for now, new in zip(self._running, running, strict=True):
+            if new is None:
+                return
+            now.copy_(torch.where(new.isfinite(), new, now))
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
 

@@ -47,7 +47,7 @@ class Model(nn.Module):
         self.bf16, self.channels_last = bf16, channels_last
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(next(self.projector.parameters()).dtype)
+        x = x.to(next((p.dtype for p in self.parameters()), x.dtype))
         if self.channels_last:
             x = x.contiguous(memory_format=_CHANNELS_LAST[x.ndim])
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
