@@ -439,10 +439,8 @@ def _of_communication(error: RuntimeError) -> bool:
 
 def _gone(world: World, missing: Sequence[int], folder: str) -> str:
     names = ", ".join(world.name(rank) for rank in missing)
-    told = f"{names} is gone, or frozen"
-    if len(missing) > 1:  # one may be at work, and not have met the closed sockets yet
-        told = f"{names} do not answer: one of them at least is gone, or frozen"
-    return f"{told}; the others end too. {_goes_on(folder)}"
+    verb = "is" if len(missing) == 1 else "are"
+    return f"{names} {verb} gone, or frozen; the others end too. {_goes_on(folder)}"
 
 
 def _goes_on(folder: str) -> str:

@@ -39,7 +39,7 @@ SLURM = (
 MPI_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH, Intel MPI and others of its family
 MPI_RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 GRACE = 3.0  # seconds in which peers come, where they come at all
-LOOPBACK = "127.0.0.1"
+LOOPBACK, ROLL = "127.0.0.1", "roll"
 
 
 @dataclass
@@ -50,7 +50,8 @@ class _Meeting:
     listening: socket.socket | None = None
     """Rank 0's under MPI, bound before the others heard of its port."""
     names: tuple[str, ...] = ()
-    roll_calls: int = 0
+    called: bool = False
+    """A roll call was asked for here."""
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,27 @@ class World:
                 world_size=self.world_size,
                 timeout=timedelta(minutes=start_minutes),
             )
+            over = threading.Event()
+            answering = threading.Thread(target=self._answer, args=(over,), daemon=True)
+            answering.start()
             try:
                 yield
             finally:
+                over.set()
                 # After an error the peers may never reach a barrier: without one, they see closed sockets.
-                if sys.exc_info()[0] is None and not self._meeting.roll_calls:
+                if sys.exc_info()[0] is None and not self._meeting.called:
                     dist.barrier()
+                answering.join(GRACE)
                 dist.destroy_process_group()
+
+    def _answer(self, over: threading.Event) -> None:
+        """Answer a roll call while the rank computes: it may meet the closed sockets only at the end of its step."""
+        store = self._meeting.store
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            while store is not None and not over.wait(0.5):
+                if store.check([ROLL]):
+                    store.set(f"{ROLL}/{self.rank}", "")
+                    return
 
     def shorten(self, timeout_minutes: float) -> None:
         """From now on a collective that waits longer fails, in DeepSpeed's groups too: theirs begin with torch's 30."""
@@ -143,8 +158,7 @@ class World:
 
         () where all answer, or where nothing can be known. Where the store is gone, rank 0 is: it was its host.
         """
-        self._meeting.roll_calls += 1
-        store, number = self._meeting.store, self._meeting.roll_calls
+        self._meeting.called, store = True, self._meeting.store
         if store is None:
             return ()
         absent, ended = set(range(self.world_size)), threading.Event()
@@ -152,9 +166,10 @@ class World:
         def listen() -> None:
             deadline = time.monotonic() + seconds
             with contextlib.suppress(RuntimeError):  # the store is gone
-                store.set(f"alive/{number}/{self.rank}", "")
+                store.set(ROLL, "")
+                store.set(f"{ROLL}/{self.rank}", "")
                 while absent and time.monotonic() < deadline:
-                    absent.difference_update([r for r in absent if store.check([f"alive/{number}/{r}"])])
+                    absent.difference_update([r for r in absent if store.check([f"{ROLL}/{r}"])])
                     time.sleep(0.05)
                 ended.set()
 

@@ -161,6 +161,42 @@ def test_where_a_rank_is_killed_without_a_parent_to_say_so_the_others_name_it(st
     assert errors[2] == ""  # one readable message, once
 
 
+SLOW = """
+import os, sys, time
+from cauc_dist import trainer, train
+forward = trainer.Trainer._forward
+def slow(self, batch, step, k):
+    if os.environ["RANK"] == "1" and step.number == 5:
+        time.sleep(9)
+    return forward(self, batch, step, k)
+trainer.Trainer._forward = slow
+sys.exit(train.main(sys.argv[1]))
+"""
+
+
+def test_a_rank_that_is_at_work_when_another_dies_is_not_taken_for_gone(store: Path, tmp_path: Path) -> None:
+    """It would meet the closed sockets long after the others."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    folder = prepare(config(store, tmp_path / "run", epochs=2000), 3)
+    code = (
+        f"import sys; from cauc_dist import spawn; sys.exit(spawn.start(3, {str(folder)!r}, module='slow', threads=1))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    STARTED.append(
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env
+        )
+    )
+    after(folder, STARTED[-1], 5)
+    place = pids(STARTED[-1])
+    time.sleep(1)  # step 5 is on its way on all ranks, and rank 1 asleep in it
+    os.kill(place[2], signal.SIGKILL)
+    _, error = STARTED[-1].communicate(timeout=60)
+    assert f"rank 2 (pid {place[2]}) was ended by signal 9" in error
+    assert "rank 0 " not in error
+    assert "rank 1 " not in error
+
+
 def test_a_step_that_is_not_finite_is_left_out_counted_and_the_run_goes_on(store: Path, tmp_path: Path) -> None:
     """The first scan of the second step turns to infinity on its way, on one of two ranks."""
     from tests.ranks import run_ranks
