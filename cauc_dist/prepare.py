@@ -167,7 +167,7 @@ def _check_numbers(run: RunConfig) -> None:
         "checkpoint.every_epochs": 1,
         "checkpoint.keep": 1,
     }
-    given = {"objective.lambda_align": 0, "engine.memory_gib": 0.01, "optim.reference_batch": 1}
+    given = {"objective.lambda_align": 0, "engine.memory_gib": 0.0001, "optim.reference_batch": 1}
     if run.engine.encode_chunk != "auto":
         given["engine.encode_chunk"] = 1
     least |= {name: bound for name, bound in given.items() if operator.attrgetter(name)(run) is not None}

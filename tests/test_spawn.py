@@ -56,7 +56,8 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 def command(module: str, ranks: int = 2, before: str = "") -> "subprocess.Popen[str]":
     """A process that starts ranks, as the command line does."""
     lines = (
-        "import sys; from cauc_dist import spawn",
+        "import signal, sys; from cauc_dist import spawn",
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)",  # whatever the tests were started under
         HURRY,
         before,
         f"sys.exit(spawn.start({ranks}, module={module!r}, threads=1))",

@@ -107,10 +107,9 @@ def test_the_same_run_twice_is_the_same_to_the_bit(two: Path, store: Path, tmp_p
 def test_chunks_that_fit_a_budget_of_memory_have_the_same_curve(two: Path, store: Path, tmp_path: Path) -> None:
     from cauc_dist.config import Engine
 
-    run = trained(config(store, tmp_path / "run", engine=Engine(encode_chunk="auto", memory_gib=0.01)), 2)
+    run = trained(config(store, tmp_path / "run", engine=Engine(encode_chunk="auto", memory_gib=0.0002)), 2)
     begun = journal.read(run)[0]
     assert (begun["per_rank"], begun["encode_chunk"], begun["chunks"]) == (3, 1, 3)
-    assert begun["estimated_gib"] > 0
     assert curve(run) == pytest.approx(curve(two), rel=1e-4, abs=1e-6)
     assert journal.read(two)[0]["chunks"] == 1
 
