@@ -480,8 +480,8 @@ def _ranks_before(run: Path) -> int | None:
     """How many ranks an earlier life of the run had, where they were started on one machine."""
     from cauc_dist import journal
 
-    begun = [event for event in journal.read(run) if event["event"] in ("start", "resume")]
-    return begun[-1]["ranks"] if begun and begun[-1].get("launcher") in ("single", "environment") else None
+    before = journal.begun(run)
+    return before["ranks"] if before and before.get("launcher") in ("single", "environment") else None
 
 
 def _here(world: "World") -> int | None:

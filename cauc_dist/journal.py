@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from cauc_dist.errors import BadInput
 
 FILE = "journal.jsonl"
+BEGINNINGS = ("start", "resume")  # events
 
 
 class Journal:
@@ -61,10 +62,15 @@ def read(run: Path) -> list[dict[str, Any]]:
     """All events of a run in order, torn lines left out; a resume at step s takes back the steps from s on."""
     events: list[dict[str, Any]] = []
     for event in _lines(run / FILE):
-        if event["event"] in ("start", "resume"):
+        if event["event"] in BEGINNINGS:
             events = [e for e in events if e["event"] != "step" or e["step"] < event["step"]]
         events.append(event)
     return events
+
+
+def begun(run: Path) -> dict[str, Any] | None:
+    """How the latest life of a run began: its `start` or `resume` event; None where it has not."""
+    return next((event for event in reversed(read(run)) if event["event"] in BEGINNINGS), None)
 
 
 def _ends_torn(path: Path) -> bool:

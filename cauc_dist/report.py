@@ -138,7 +138,7 @@ def _facts(events: dict[str, list[dict[str, Any]]]) -> str:
     head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
     rows = []
     for run, rows_of in events.items():
-        facts = next(e for e in rows_of if e["event"] in ("start", "resume"))
+        facts = next(e for e in rows_of if e["event"] in journal.BEGINNINGS)
         rows.append(f"<tr><td>{html.escape(run)}</td>" + "".join(f"<td>{facts[n]}</td>" for n in names) + "</tr>")
     return f"<table><tr><th>run</th>{head}</tr>{''.join(rows)}</table>"
 

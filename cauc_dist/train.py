@@ -26,7 +26,7 @@ from cauc_dist import checkpoint, encoders, memory, optimisers
 from cauc_dist.config import RunConfig
 from cauc_dist.engine import Engine
 from cauc_dist.errors import BAD_INPUT, LOST, NON_FINITE, STOPPED, BadInput
-from cauc_dist.journal import Journal, read
+from cauc_dist.journal import Journal, begun
 from cauc_dist.objective import Objective
 from cauc_dist.prepare import check_store, load, plan_of, stage_folder
 from cauc_dist.progress import Progress
@@ -118,7 +118,7 @@ def train(run: RunConfig, world: World, stop: Stop | None = None) -> None:
         journal.write("resume" if start else "start", **facts)
         progress.start(facts)
         trainer = Trainer(engine, objective, run, world, Feed(batches), store.keys, opened.chunks)
-        watch = Watch([world.name(rank) for rank in range(world.world_size)])
+        watch = Watch(world.names)
         peak = optimisers.peak_lr(run.optim, run.batch_size)
         left_out = in_a_row = skips = 0
         shared = 0.0
@@ -131,9 +131,8 @@ def train(run: RunConfig, world: World, stop: Stop | None = None) -> None:
                 ids=tuple(store.ids[i] for i in scans),
                 y=y[torch.from_numpy(scans)].to(engine.device),
             )
-            trainer.told = (float(stop.signal), *trainer.told[1:])
             try:
-                record = trainer.step(step)
+                record = trainer.step(step, stop.signal)
             except NonFinite as error:
                 left_out, in_a_row = left_out + 1, in_a_row + 1
                 journal.write("non_finite", step=number, message=str(error), left_out=left_out)
@@ -151,22 +150,22 @@ def train(run: RunConfig, world: World, stop: Stop | None = None) -> None:
                 journal.write("step", step=number, epoch=step.epoch, **record)
                 progress.step(number + 1, step.epoch, record)
                 saves.losses.append(record["loss"])
-                for event, fields, line in watch.add(trainer.facts[:, 1], trainer.facts[:, 2], record["step_s"]):
+                for event, fields, line in watch.add(*trainer.seconds, record["step_s"]):
                     journal.write(event, step=number, **fields)
                     progress.say(f"step {number}: {line}")
             if number == start:
                 world.shorten(run.engine.timeout_minutes)
                 if world.world_size > 1:
                     shared = communication(engine)
-            asked = int(trainer.facts[:, 0].max())
             due = _due(number + 1, plan.steps_per_epoch, run.checkpoint.every_epochs, total)
-            if asked or due:
+            if trainer.asked or due:
                 saves.save(engine, number + 1, due=due)
                 journal.write("checkpoint", step=number + 1)
-            if asked and number + 1 < total:
+            if trainer.asked and number + 1 < total:
                 saves.close()
-                journal.write("stopped", step=number + 1, signal=asked)
-                raise Stopped(f"stopped by {signal.Signals(asked).name} after step {number}, checkpoint written")
+                journal.write("stopped", step=number + 1, signal=trainer.asked)
+                name = signal.Signals(trainer.asked).name
+                raise Stopped(f"stopped by {name} after step {number}, checkpoint written")
         saves.close()
         journal.write("end", step=total)
         progress.finish(run.folder)
@@ -209,9 +208,9 @@ class Saves:
     def __enter__(self) -> "Saves":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *raised: object) -> None:
         if self._writer is not None:
-            self._writer.__exit__(*_)
+            self._writer.__exit__(*raised)
 
 
 def communication(engine: Engine) -> float:
@@ -298,8 +297,8 @@ def cut(run: RunConfig, world: World, need: memory.Need, budget: float, start: i
 
 def measured_before(run: RunConfig, world: World) -> int | None:
     """The chunks of an earlier life of the run on as many ranks: a run that goes on ends with the same bits."""
-    begun = [event for event in read(run.folder) if event["event"] in ("start", "resume")]
-    return begun[-1]["chunks"] if begun and begun[-1]["ranks"] == world.world_size else None
+    before = begun(run.folder)
+    return before["chunks"] if before and before["ranks"] == world.world_size else None
 
 
 def open_store(run: RunConfig, *, quiet: bool) -> Store:
@@ -451,6 +450,5 @@ if __name__ == "__main__":
     code = main(sys.argv[1])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        code
-    )  # in the interpreter's teardown torch has ended with std::terminate, rarely (docs/log.md, 2026-11-24)
+    # In the interpreter's teardown torch has ended with std::terminate, rarely (docs/log.md, 2026-11-24).
+    os._exit(code)

@@ -31,6 +31,8 @@ from cauc_dist.stream.loader import Batch
 from cauc_dist.stream.plan import per_rank
 from cauc_dist.world import World
 
+Seconds = NDArray[np.float64]
+
 
 class NonFinite(RuntimeError):
     """A loss that is not a number: the step and the subjects are in the message; no parameter was touched."""
@@ -76,25 +78,29 @@ class Trainer:
     feed: Feed
     keys: NDArray[np.uint64]
     chunks: int = 1
-    told: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Of this rank, for the others: a signal that asks for a stop; seconds of the last step's encoding and waiting."""
-    facts: NDArray[np.float64] = field(default_factory=lambda: np.zeros((1, 3)))
-    """(W, 3) the same of every rank."""
+    asked: int = 0
+    """The signal by which a rank was asked to stop before the last step; the same on every rank."""
+    seconds: tuple[Seconds, Seconds] = field(default_factory=lambda: (np.zeros(1), np.zeros(1)))
+    """(W,) what each rank took to encode, and waited for scans, in the step before the last."""
     skipped: tuple[str, ...] = ()
     """Scans of the last step that were damaged, and left out."""
 
     def __post_init__(self) -> None:
         self._sizes = per_rank(self.run.batch_size, self.world.world_size)
         self._exchange = open_exchange(self.run, self.run.batch_size)
+        self._took = (0.0, 0.0)  # seconds of this rank's last step, for the others
 
-    def step(self, step: Step) -> dict[str, float]:
-        """One update; returns the terms of the loss on the GLOBAL batch, the same numbers on every rank."""
+    def step(self, step: Step, signal: int = 0) -> dict[str, float]:
+        """One update; returns the terms of the loss on the GLOBAL batch, the same numbers on every rank.
+
+        `signal`: that by which this rank was asked to stop; every rank then has it in `asked`.
+        """
         began, self.feed.wait = time.perf_counter(), 0.0
         z, sound = self._encode(step) if self.chunks == 1 else self._embed(step)  # (V, b, D), (b,)
         if z.device.type == "cuda":
             torch.cuda.synchronize()  # what follows waits for it all the same
         encoded = time.perf_counter() - began - self.feed.wait
-        exchange, kept = self._meet(sound)
+        exchange, kept = self._meet(sound, signal)
         self.skipped = tuple(itertools.compress(step.ids, ~kept))
         step = replace(step, ids=tuple(itertools.compress(step.ids, kept)), y=step.y[torch.from_numpy(kept)])
         rows = z if sound.all() else z[:, torch.from_numpy(sound)]
@@ -118,7 +124,7 @@ class Trainer:
         except FloatingPointError as error:
             raise NonFinite(f"at step {step.number} the loss is finite and {error}. Lower the learning rate") from None
         value = loss.item()
-        self.told = (self.told[0], encoded, self.feed.wait)
+        self._took = (encoded, self.feed.wait)
         seconds = time.perf_counter() - began
         return {
             "loss": value,
@@ -166,9 +172,10 @@ class Trainer:
         torch.manual_seed(int.from_bytes(hashlib.sha256(address).digest()[:8], "big") >> 1)
         return self.engine(x).view(self.run.augment.views, len(batch.rows), -1)
 
-    def _meet(self, sound: NDArray[np.bool_]) -> tuple[Once, NDArray[np.bool_]]:
-        """How the sound rows of all ranks meet, and (n,) which of the batch they are; tells and learns `facts`."""
-        everyones, self.facts = tell(sound, self.told, self._sizes, self.engine.device)
+    def _meet(self, sound: NDArray[np.bool_], signal: int) -> tuple[Once, NDArray[np.bool_]]:
+        """How the sound rows of all ranks meet, and (n,) which of the batch they are; learns `asked` and `seconds`."""
+        everyones, facts = tell(sound, (signal, *self._took), self._sizes, self.engine.device)
+        self.asked, self.seconds = int(facts[:, 0].max()), (facts[:, 1], facts[:, 2])
         kept = np.concatenate(everyones)
         if kept.all():
             return Once(self._exchange), kept
