@@ -10,8 +10,8 @@ engine  forward, loss, backward and update of one batch in memory, in turn in on
         AdamW, our engine at ZeRO 0 to 3. Same weights, batch and loss; times are compared by the median of the ratios
         within a round. One contestant alone: its peak memory above that of the process before it had a model.
 chunks  `Trainer.step` from a store, reading and augmenting included: the batch at once, and in chunks, in turn.
-memory  the same in chunks: peak memory above that after model, optimiser and a step of one subject a rank. The loss
-        itself takes 28 MiB of it at n = 2,048 (benchmarks/loss.py).
+memory  the same in chunks: peak memory above that after model, optimiser and a step of one subject a rank, in steps
+        of 4,096 subjects together. The loss itself takes 28 MiB of it at n = 2,048 (benchmarks/loss.py).
 wire    bytes over the loopback while a step computes the loss, its gradient by z and the geometry of z, beyond those
         of an equally long silence; in a network namespace of its own where the system has them (`alone`).
 """
@@ -56,6 +56,8 @@ from cauc_dist.world import World, loopback_interface
 ROOT = Path(__file__).resolve().parents[1]
 CPU, MIB, LR = torch.device("cpu"), 2**20, 1e-4
 ENGINES = ("ddp", "zero 0", "zero 1", "zero 2", "zero 3", "fsdp2")
+SEEN = 4096
+"""Subjects in the steps whose peak memory is taken: the peak of more chunks is a higher one, whatever the batch."""
 QUIET = 0.1
 """Seconds until the last acknowledgement is on its way: TCP delays them by up to 40 ms."""
 OWN_NETWORK = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
@@ -275,14 +277,15 @@ def chunked(point: Point, world: World) -> dict[str, Any]:
 
 
 def remembered(point: Point, world: World) -> dict[str, Any]:
-    """Peak memory of two steps above what the process had after a tiny one, by rank."""
+    """Peak memory above what the process had after a tiny step, by rank; in chunks of equally many for any batch."""
     store, engine = _opened(point, world)
     objective = _objective(point.run, store)
     with training(replace(point.run, batch_size=max(2, point.ranks)), engine, world, store, 0, objective) as step:
         step(0)
     before = psutil.Process().memory_info().rss
+    steps = max(2, SEEN // point.batch) if point.chunk else 2
     with training(point.run, engine, world, store, point.chunk, objective) as step:
-        seconds = [_timed(lambda k=k: step(k))[0] for k in range(2)]  # type: ignore[misc]
+        seconds = [_timed(lambda k=k: step(k))[0] for k in range(steps)]  # type: ignore[misc]
     return {"peak_bytes": _everyones(memory.peak(CPU) - before), "baseline_bytes": before, "step_s": seconds}
 
 
@@ -465,7 +468,7 @@ def table(ran: Sequence[dict[str, Any]]) -> list[str]:
             lines.append(f"  {name:<8}{median(all_):9.3f} s {times:7.2f} x {base}")
         if "peak_bytes" in p:
             lines.append(
-                f"  {max(p['peak_bytes']) / MIB:8,.0f} MiB" + "".join(f"  {s:.1f} s" for s in p.get("step_s", ()))
+                f"  {max(p['peak_bytes']) / MIB:8,.0f} MiB" + "".join(f"  {s:.1f} s" for s in p.get("step_s", ())[:2])
             )
         if "sent_bytes" in p:
             silence = p["sent_bytes"]["silence"]

@@ -8,7 +8,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from cauc_dist.errors import BadInput, nearest
 
@@ -322,14 +322,23 @@ def to_json(run: RunConfig) -> str:
 
 def from_json(text: str, source: str = "config") -> RunConfig:
     """The run that `to_json` wrote; BadInput names an unknown field (with the nearest) or a value of a wrong type."""
-    import pydantic  # 0.1 s that only a run from a file pays
-
     try:
         values = json.loads(text)
-        _known(values, RunConfig, source)
-        return pydantic.TypeAdapter(RunConfig).validate_python(values)
     except json.JSONDecodeError as error:
         raise BadInput(f"{source} is not JSON ({error})", wanted="a config.json", do="give the one of a run") from None
+    return typed(values, RunConfig, source)
+
+
+T = TypeVar("T")
+
+
+def typed(values: Any, kind: type[T], source: str) -> T:
+    """A dataclass from plain values; BadInput names an unknown field (with the nearest) or a value of a wrong type."""
+    import pydantic  # 0.1 s that only a run from a file pays
+
+    _known(values, kind, source)
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -350,12 +359,13 @@ def read(path: Path) -> RunConfig:
 def _known(values: Any, kind: Any, source: str) -> None:
     """Refuse a field that the dataclass `kind` has not, at any depth."""
     if not isinstance(values, dict):
-        raise BadInput(f"{source} holds {values!r}", wanted=f"the fields of {kind.__name__}", do="give a config.json")
+        raise BadInput(f"{source} holds {values!r}", wanted=f"the fields of {kind.__name__}", do="mend it")
     types = {f.name: f.type for f in dataclasses.fields(kind)}
     for name, value in values.items():
         if name not in types:
             raise BadInput(
                 f"{source}: no field {name!r} in {kind.__name__}", wanted="known fields", do=nearest(name, types)
             )
-        if dataclasses.is_dataclass(types[name]):
-            _known(value, types[name], f"{source}: {name}")
+        for part in (types[name], *get_args(types[name])):  # of `Part | None`
+            if dataclasses.is_dataclass(part) and value is not None:
+                _known(value, part, f"{source}: {name}")

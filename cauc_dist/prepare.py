@@ -31,7 +31,7 @@ TRAIN = "train"
 def prepare(run: RunConfig, ranks: int, local: int | None = None) -> Path:
     """Check the run against its store, then write its folder (config.json, provenance.json); returns the folder.
 
-    `local`: how many of the ranks are on this host; default: all.
+    `local`: how many of the ranks are on this host; default: all. 0: they will be on others.
     Raises BadInput for a store, column, batch size or folder that cannot serve; the folder then does not exist.
     """
     folder = run.folder
@@ -207,7 +207,7 @@ def _check_engine(run: RunConfig, ranks: int) -> None:
 
 
 def _check_devices(run: RunConfig, ranks: int, local: int | None) -> None:
-    if local is not None and torch.cuda.device_count() == 1:
+    if local == 0 or (local is not None and torch.cuda.device_count() == 1):
         return  # a launcher that shows each rank a GPU of its own; NCCL refuses one that ranks share
     ranks = ranks if local is None else local
     if World().device(run.engine.device).type == "cuda" and ranks > torch.cuda.device_count():

@@ -376,9 +376,12 @@ def _due(done: int, steps_per_epoch: int, every_epochs: int, total: int) -> bool
     return done == total or done % (steps_per_epoch * every_epochs) == 0
 
 
-def main(folder: str) -> int:
-    """Run folder in, exit code out: 0 done, 2 bad input, 3 non-finite loss, 5 stopped by a signal, 6 a rank is gone."""
-    stop = Stop()
+def main(folder: str, asked: int = 0) -> int:
+    """Run folder in, exit code out: 0 done, 2 bad input, 3 non-finite loss, 5 stopped by a signal, 6 a rank is gone.
+
+    `asked`: a signal that came before.
+    """
+    stop = Stop(asked)
     with stop.listening():
         return _main(folder, stop)
 

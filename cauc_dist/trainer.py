@@ -89,6 +89,7 @@ class Trainer:
         self._sizes = per_rank(self.run.batch_size, self.world.world_size)
         self._exchange = open_exchange(self.run, self.run.batch_size)
         self._took = (0.0, 0.0)  # seconds of this rank's last step, for the others
+        self._moments: list[encoders.Kept] = []  # of BatchNorm, in the first pass over the chunks of a step
 
     def step(self, step: Step, signal: int = 0) -> dict[str, float]:
         """One update; returns the terms of the loss on the GLOBAL batch, the same numbers on every rank.
@@ -144,11 +145,12 @@ class Trainer:
     def _embed(self, step: Step) -> tuple[Tensor, NDArray[np.bool_]]:
         """The first pass: z is a leaf, and no graph of it is kept."""
         parts, sound = [], []
-        with torch.no_grad(), encoders.frozen():
-            for k in range(self.chunks):
-                batch = self.feed.next(step.number)
+        self._moments = [encoders.Kept() for _ in range(self.chunks)]
+        for k, moments in enumerate(self._moments):
+            batch = self.feed.next(step.number)
+            with torch.no_grad(), encoders.frozen(keep=moments):
                 parts.append(self._forward(batch, step, k))
-                sound.append(batch.sound)
+            sound.append(batch.sound)
         return torch.cat(parts, 1).requires_grad_(), np.concatenate(sound)
 
     def _surrogates(self, step: Step, dz: Tensor, sound: NDArray[np.bool_]) -> Iterator[Tensor]:
@@ -160,7 +162,9 @@ class Trainer:
             if (batch.sound != sound[start:stop]).any():
                 found = f"step {step.number}: {'; '.join(batch.damaged) or 'a scan'} changed between two readings"
                 raise BadInput(found, wanted="bytes that stay", do="run `cauc store verify`, and look at the disk")
-            yield (self._forward(batch, step, k) * dz[:, start:stop]).sum()
+            with encoders.frozen(tracks=True, use=self._moments[k]):
+                z = self._forward(batch, step, k)
+            yield (z * dz[:, start:stop]).sum()
             start = stop
 
     def _forward(self, batch: Batch, step: Step, k: int) -> Tensor:

@@ -196,7 +196,11 @@ def test_of_two_ingests_into_one_store_one_makes_it_and_the_other_is_refused(
         refused = [complaint for code, complaint in ends if code]
         entry["found"] = [complaint.strip().replace(str(tmp_path), "FOLDER") for complaint in refused]
         assert len(refused) == 1
-        assert f"another ingest is writing {tmp_path / 's.zarr'}; wanted one at a time" in refused[0]
+        # On a machine that is faster than when it was timed, the first may be done already.
+        at_work, done = "another ingest is writing {}; wanted one at a time", "{} exists already; wanted a new path"
+        assert any(
+            said.format(tmp_path / "s.zarr") in refused[0] for said in ((at_work,) if seed == 0 else (at_work, done))
+        )
         assert [path.name for path in tmp_path.iterdir()] == ["s.zarr"]
         assert contents(tmp_path / "s.zarr") == wanted
 

@@ -36,7 +36,7 @@ LAYERS = [
     ["prepare", "info", "trainer"],
     ["train", "verify"],
     ["probe"],
-    ["demo", "export"],
+    ["demo", "export", "job"],
     ["cli"],
     ["__main__"],
 ]
@@ -53,6 +53,7 @@ OWNERS = {
     "sklearn": {"probe"},
     "matplotlib": {"report", "sheet"},
     "tyro": {"cli"},
+    "submitit": {"job"},
     "rich": {"progress"},
     "safetensors": {"checkpoint"},
 }

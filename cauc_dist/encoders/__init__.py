@@ -12,7 +12,7 @@ from cauc_dist.encoders.blocks import recompute
 from cauc_dist.encoders.cnn3d import CNN3d
 from cauc_dist.encoders.densenet3d import DenseNet121
 from cauc_dist.encoders.mlp import MLP
-from cauc_dist.encoders.norm import BatchNorm, frozen
+from cauc_dist.encoders.norm import BatchNorm, Kept, frozen
 from cauc_dist.encoders.projector import Model, Projector
 from cauc_dist.encoders.resnet import ResNet18
 from cauc_dist.errors import BadInput, nearest
@@ -22,6 +22,7 @@ __all__ = [
     "BatchNorm",
     "CNN3d",
     "DenseNet121",
+    "Kept",
     "Model",
     "Network",
     "Projector",

@@ -3,19 +3,19 @@
 Chen et al., arXiv 1604.06174. Gradients have the same bits; a forward pass more is the price.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cauc_dist.encoders.norm import frozen
+from cauc_dist.encoders.norm import Kept, frozen
 
 
 class Blocks(nn.Sequential):
     """nn.Sequential; where `recompute` is on, training keeps what goes into a block and computes the rest again.
 
-    BatchNorm takes its running statistics in the first of the two passes only. torch's non-reentrant form: the
+    BatchNorm takes its statistics in the first of the two passes only. torch's non-reentrant form: the
     reentrant one drops the gradients of a first block, whose input needs none.
     """
 
@@ -29,7 +29,8 @@ class Blocks(nn.Sequential):
 
 
 def _passes() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), frozen()
+    moments = Kept()
+    return frozen(tracks=True, keep=moments), frozen(use=moments)
 
 
 def recompute(model: nn.Module) -> None:

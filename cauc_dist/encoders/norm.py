@@ -5,6 +5,7 @@ B  rows on this rank     C  channels     N  values of one channel in the GLOBAL 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,18 +20,40 @@ def norm(kind: Literal["batch", "group"], channels: int) -> nn.Module:
     return BatchNorm(channels) if kind == "batch" else nn.GroupNorm(groups(channels), channels)
 
 
-_frozen = False
+Moments = tuple[Tensor, Tensor, Tensor]
+"""Mean (C,), biased variance (C,), both float64, and N."""
+
+
+class Kept(dict["BatchNorm", list[Moments]]):
+    """The moments that each BatchNorm found in a forward pass, for another one of the same rows: W ranks need not meet.
+
+    Two float64 a channel: .7 MB of a DenseNet121.
+    """
+
+
+@dataclass(frozen=True)
+class _Pass:
+    tracks: bool = True
+    keep: Kept | None = None
+    use: Kept | None = None
+
+
+_now = _Pass()
 
 
 @contextmanager
-def frozen() -> Iterator[None]:
-    """BatchNorm leaves its running statistics alone: in a forward pass that is done twice, they are taken once."""
-    global _frozen
-    before, _frozen = _frozen, True
+def frozen(*, tracks: bool = False, keep: Kept | None = None, use: Kept | None = None) -> Iterator[None]:
+    """How BatchNorm behaves in a forward pass that is done twice.
+
+    It leaves its running statistics alone in one of the two (`tracks`), and may `keep` the moments of the first to
+    `use` them in the second, which takes them away.
+    """
+    global _now
+    before, _now = _now, _Pass(tracks and _now.tracks, keep, _now.use if use is None else use)
     try:
         yield
     finally:
-        _frozen = before
+        _now = before
 
 
 def groups(channels: int) -> int:
@@ -47,8 +70,9 @@ class BatchNorm(_BatchNorm):
 
     y = (x - mean) / sqrt(var + eps) * weight + bias; mean and (biased) var of the N values of a channel over the
     default process group. Without one, or at W = 1, it is nn.BatchNorm; state_dict is nn.BatchNorm's in both cases.
-    Training costs one all-reduce of 2C+1 float64 forward and one of 2C backward, on any backend; it keeps only x
-    for the backward. In eval mode there is no collective. Statistics are fp32 for fp16 and bf16, and combined in fp64.
+    Training costs one all-reduce of 2C+1 float64 forward and one of 2C backward, on any backend; a second forward of
+    the same rows (GradCache, activation checkpointing) costs none. It keeps only x for the backward. In eval mode there
+    is no collective. Statistics are fp32 for fp16 and bf16, and combined in fp64.
 
     Loss scaling presumed: the backward SUMS over ranks, so each rank must back-propagate its own share of ONE global
     loss L, all shares to the same scale s. The gradients that a rank then holds are s * (the part of dL/dparameter that
@@ -70,16 +94,25 @@ class BatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(x)
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            mean, var = (None, None) if _frozen else (running.clone() for running in self._running)
+            mean, var = (running.clone() for running in self._running) if _now.tracks else (None, None)
             y = F.batch_norm(x, mean, var, self.weight, self.bias, training=True, momentum=self._pace, eps=self.eps)
             self._track(mean, var)
             return y
-        mean, var, count = _global_moments(x)
-        if not _frozen:
+        mean, var, count = self._moments(x)
+        if _now.tracks:
             now = zip(self._running, (mean, var * (count / (count - 1))), strict=True)
             self._track(*(running.lerp(new.to(running), self._pace) for running, new in now))
         rstd = torch.rsqrt(var + self.eps)
         return _Normalise.apply(x, self.weight, self.bias, mean, rstd, count)  # type: ignore[no-any-return, no-untyped-call]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _moments(self, x: Tensor) -> Moments:
+        """Those of an earlier pass over the same rows, where they were kept; else all ranks meet."""
+        found = _now.use.get(self) if _now.use else None
+        moments = found.pop(0) if found else _global_moments(x)
+        if _now.keep is not None:
+            _now.keep.setdefault(self, []).append(moments)
+        return moments
 
     @property
     def _running(self) -> tuple[Tensor, Tensor]:
@@ -107,7 +140,7 @@ class BatchNorm(_BatchNorm):
 
 
 @torch.no_grad()
-def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _global_moments(x: Tensor) -> Moments:
     """Mean (C,), biased variance (C,), both float64, and N, over the rows of all ranks; the same bits on every rank.
 
     Each rank centres its own rows first: E[x^2] - mean^2 of whole volumes would cancel in fp32. What is left to

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cauc_dist.encoders.norm import BatchNorm, groups, norm
+from cauc_dist.encoders.norm import BatchNorm, Kept, frozen, groups, norm
 from cauc_dist.gather import AllGathered
 from tests.ranks import run_ranks
 
@@ -221,3 +221,39 @@ def statistics_after_a_bad_batch() -> list[bool]:
 @pytest.mark.parametrize("world", [1, 2])
 def test_what_is_not_finite_stays_out_of_the_running_statistics(world: int) -> None:
     assert run_ranks(world, statistics_after_a_bad_batch) == [[True, True]] * world
+
+
+def second_pass() -> dict[str, Any]:
+    """A pass over some rows, and two passes of which the second uses the moments of the first; how often ranks met."""
+    rank, met, meet = dist.get_rank(), [0], dist.all_reduce
+
+    def counting(*args: Any) -> None:
+        met[0] += 1
+        meet(*args)
+
+    results = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counting)
+        for kept in (None, Kept()):
+            net = network(3, plain=False).train()
+            x = samples(5, 3, 11)[2 * rank : 2 * rank + 2 + rank].requires_grad_()
+            if kept is not None:
+                with torch.no_grad(), frozen(keep=kept):
+                    net(x)
+                assert all(b == 0 for name, b in net.named_buffers() if name.endswith("num_batches_tracked"))
+            met[0] = 0
+            with frozen(tracks=True, use=kept):
+                h = net(x)
+            forward = met[0]
+            share(h, 2 * rank).backward()
+            state = {**dict(net.named_buffers()), "h": h.detach(), "dx": x.grad}
+            results["again" if kept is not None else "once"] = (forward, met[0] - forward, state)
+    return results
+
+
+def test_a_second_pass_over_the_same_rows_has_the_same_bits_and_meets_nobody_on_its_way_forward() -> None:
+    for results in run_ranks(2, second_pass):
+        (forward, backward, once), (forward_again, backward_again, again) = results["once"], results["again"]
+        assert (forward, backward, forward_again, backward_again) == (2, 2, 0, 2)
+        for name, tensor in once.items():
+            assert torch.equal(tensor, again[name]), name

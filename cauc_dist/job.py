@@ -1,0 +1,78 @@
+"""One rank of a SLURM job: what submitit runs, or `srun python -m cauc_dist.job RUN` without it.
+
+Imports no torch before a signal can be kept: SLURM may send one as soon as the job has begun.
+"""
+
+import os
+import signal
+import socket
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+ATTEMPT = "CAUC_ATTEMPT"
+"""The folder of this start of the job's ranks, where slurm/attempt.sh has made one."""
+ASKING = (signal.SIGTERM, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training as a callable that submitit pickles: it goes on from the run folder's newest sound checkpoint.
+
+    It holds a path, no state: SLURM hands a requeued job the pickle that it began with. Within an attempt of
+    slurm/attempt.sh the process ends with the exit code of `cauc train`; else a code that is not 0 is raised.
+    """
+
+    run: str
+
+    def __call__(self) -> None:
+        code = work(self.run)
+        if ATTEMPT in os.environ:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        if code:
+            raise RuntimeError(f"the training of {self.run} ended with exit code {code} (docs/running.md)")
+
+    def checkpoint(self) -> Any:
+        """What submitit would run after a signal that comes before the training listens to it: the same."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def work(run: str) -> int:
+    """Train as one rank of the SLURM step; its exit code, which the attempt's folder keeps too."""
+    heard: list[int] = []
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+
+    for number in ASKING:
+        signal.signal(number, hear)
+    _note("host", socket.gethostname())
+    code = 1
+    try:
+        from cauc_dist.train import main
+
+        code = main(run, heard[-1] if heard else 0)
+    except Exception:
+        traceback.print_exc()
+    _note("exit", str(code))
+    return code
+
+
+def _note(what: str, text: str) -> None:
+    if ATTEMPT in os.environ:
+        path = Path(os.environ[ATTEMPT]) / f"rank-{os.environ['SLURM_PROCID']}.{what}"
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    code = work(sys.argv[1])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as in cauc_dist.train

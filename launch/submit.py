@@ -1,0 +1,195 @@
+"""From a recipe to a job in the queue: what is wrong is said before, and leaves nothing behind."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cauc_dist.config import RunConfig
+from cauc_dist.errors import BadInput
+from cauc_dist.job import Job
+from launch import script, slurm
+from launch.site import Resources, Site
+
+JOBS, LAUNCH = "jobs.jsonl", "launch.json"
+LOCAL = ("tmpfs", "ramfs", "overlay", "squashfs")
+"""File systems that no two nodes share. (ext4 and xfs may be exported by this very machine.)"""
+Say = Callable[[str], None]
+
+
+def submit(run: RunConfig, resources: Resources, site: Site, *, say: Say, dry_run: bool = False) -> Path:
+    """Check, write the run folder, queue its job; the folder.
+
+    `dry_run` says the batch script and the plan of the batch instead, and writes nothing. Raises BadInput for what
+    cannot be a run, and what SLURM refuses; the folder then does not exist.
+    """
+    folder = run.folder.absolute()
+    run = dataclasses.replace(run, run=folder)
+    name = script.name_of(run.name, folder)
+    if dry_run:
+        say(script.text(script.executor(folder, resources, site, name)))
+        say(plan(run, resources))
+        return folder
+    slurm.required()
+    check_folder(folder, site)
+    check_times(run, resources)
+    began = time.monotonic()
+    from cauc_dist.prepare import prepare
+
+    prepare(run, resources.ranks, 0)
+    came_up = time.monotonic() - began
+    try:
+        check_checkpoint(run, resources)
+        write(folder, resources, site)
+        say(plan(run, resources))
+        made = script.executor(folder, resources, site, name)
+        say(asked(script.text(made), folder, site, came_up))
+        (id,) = queue(made, folder, site, [folder])
+        record(folder, id=id, name=name)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    say(f"job {id} ({name}), run folder {folder}")
+    return folder
+
+
+def write(folder: Path, resources: Resources, site: Site) -> None:
+    """Snapshot of the code, and what was asked for."""
+    script.snapshot(folder)
+    (folder / script.SLURM).mkdir()
+    said = {"resources": dataclasses.asdict(resources), "site": dataclasses.asdict(site)}
+    (folder / LAUNCH).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+
+
+def queue(made: script.Executor, folder: Path, site: Site, runs: list[Path]) -> list[str]:
+    """sbatch, by submitit, in the folder: one job, or an array of several runs; their ids."""
+    with slurm.only(slurm.environment(site.keep)), contextlib.chdir(folder):
+        jobs = made.map_array(Job, [str(run) for run in runs]) if len(runs) > 1 else [made.submit(Job(str(runs[0])))]
+    return [job.job_id for job in jobs]
+
+
+def asked(text: str, folder: Path, site: Site, came_up: float) -> str:
+    """SLURM's own estimate of when the job starts; BadInput with its words where it would not take it."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(text)
+        file.flush()
+        said = slurm.call("sbatch", "--test-only", file.name, cwd=folder, env=slurm.environment(site.keep))
+    found = re.search(r"to start at (\S+)", said)
+    when = found[1] if found else "a time that it does not say"
+    return f"SLURM would start it at {when}; the first step follows imports and checks, {came_up:.0f} s here"
+
+
+def plan(run: RunConfig, resources: Resources) -> str:
+    """How the global batch falls on the ranks, in words."""
+    from cauc_dist.stream.plan import per_rank
+
+    sizes = per_rank(run.batch_size, resources.ranks)
+    share = f"{sizes[0]} subjects a rank" if sizes[0] == sizes[-1] else f"{sizes[-1]} or {sizes[0]} subjects a rank"
+    return (
+        f"{resources.nodes} nodes x {resources.ranks_a_node} ranks = {resources.ranks} ranks; "
+        f"global batch {run.batch_size}, {share}, {run.augment.views} views each; {run.epochs} epochs"
+    )
+
+
+def check_folder(folder: Path, site: Site) -> None:
+    """Refuse a run folder that the nodes would not see, or whose name a job cannot bear."""
+    if odd := sorted({c for c in str(folder) if c in "%:\\\n"}):
+        raise BadInput(
+            f"run folder {folder} has {' '.join(map(repr, odd))} in its path",
+            wanted="none of % : \\ (SLURM and PYTHONPATH read them otherwise)",
+            do="choose another with --run",
+        )
+    home = next(path for path in folder.parents if path.exists())
+    if site.shared:
+        inside = [Path(os.path.expandvars(place)).resolve() for place in site.shared]
+        if not any(home.resolve().is_relative_to(place) for place in inside):
+            raise BadInput(
+                f"run folder {folder}",
+                wanted=f"a place that all nodes see: {', '.join(map(str, inside))}",
+                do="choose another with --run, or mend `shared` in the site file",
+            )
+    elif (kind := file_system(home)) in LOCAL:
+        raise BadInput(
+            f"run folder {folder} on a file system of this machine alone ({kind})",
+            wanted="one that all nodes see",
+            do="choose another with --run, or name it in `shared` of the site file",
+        )
+    if not os.access(home, os.W_OK):
+        raise BadInput(f"{home} is not to be written", wanted="a folder of yours", do="choose another with --run")
+
+
+def file_system(path: Path) -> str:
+    """The kind of file system that a folder is on, in the kernel's words; "" where that cannot be known."""
+    with contextlib.suppress(OSError):
+        mounts = [line.split() for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()]
+        places = {fields[1].encode().decode("unicode_escape"): fields[2] for fields in mounts}
+        resolved = path.resolve()
+        return places[max((place for place in places if resolved.is_relative_to(place)), key=len)]
+    return ""
+
+
+def check_times(run: RunConfig, resources: Resources) -> None:
+    """Refuse times that leave none for training."""
+    minutes, seconds = resources.minutes, resources.signal_seconds
+    if seconds * 2 > minutes * 60:
+        raise BadInput(
+            f"--signal-seconds {seconds} of --time {resources.time}",
+            wanted="half of the time at most",
+            do="ask for more time, or set --signal-seconds to less",
+        )
+    if run.engine.start_minutes > minutes > 10:
+        raise BadInput(
+            f"engine.start_minutes {run.engine.start_minutes:g} in a job of {minutes} minutes",
+            wanted="less than the job's time",
+            do="set --engine.start-minutes to less: a rank that does not come ends the others after it",
+        )
+
+
+def check_checkpoint(run: RunConfig, resources: Resources) -> None:
+    """Refuse a notice too short to write a checkpoint in, at the speed of the run folder's disk."""
+    size = checkpoint_bytes(run)
+    took = math.ceil(size / writes_a_second(run.folder)) * 2
+    if took > resources.signal_seconds:
+        raise BadInput(
+            f"--signal-seconds {resources.signal_seconds} for a checkpoint of {size / 2**20:.0f} MiB: {took // 2} s",
+            wanted=f"{took} or more",
+            do=f"set --signal-seconds {took} (and leave time for a step), or choose a faster disk",
+        )
+
+
+def checkpoint_bytes(run: RunConfig) -> int:
+    """Weights, moments and average in fp32."""
+    import torch
+
+    from cauc_dist import optimisers
+    from cauc_dist.store.reader import Store
+    from cauc_dist.train import build_model
+
+    with torch.device("meta"):
+        model = build_model(run, Store.open(run.data.store).shape)
+    copies = 1 + len(optimisers.moments(run.optim)) + (run.optim.ema > 0)
+    return 4 * copies * sum(p.numel() for p in model.parameters())
+
+
+def writes_a_second(folder: Path, size: int = 16 * 2**20) -> float:
+    """Bytes that the disk takes in a second, to its platter."""
+    began = time.monotonic()
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(os.urandom(size))
+        file.flush()
+        os.fsync(file.fileno())
+    return size / (time.monotonic() - began)
+
+
+def record(run: Path, **fields: Any) -> None:
+    """A line of jobs.jsonl: every job that the run ever was."""
+    with (run / JOBS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": round(time.time(), 3), **fields}) + "\n")

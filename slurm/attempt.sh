@@ -1,0 +1,152 @@
+# shellcheck shell=bash
+# What surrounds the ranks of a SLURM job, sourced by its batch script:
+#
+#   begin_attempt RUN          before srun: go to the run folder, make attempts/NNN there
+#   srun ... --output="$CAUC_ATTEMPT/rank-%t.log" python -m cauc_dist.job .
+#   end_attempt $?             after it: done, failed, or the same job again
+#
+# An attempt is one start of the job's ranks. Its folder holds `job` (who and where), and of every rank its log, its
+# host from the beginning and its exit code at the end: a rank without one was killed. `end` holds the verdict:
+#
+#   done                       every rank ended with 0
+#   failed CODE                a rank ended with a code that is not to be tried again
+#   cancelled                  by the user
+#   again stopped|crashed CHECKPOINT    and how: requeued, resubmitted as ID, given up
+#
+# The same again at most CAUC_MAX_TRIES (3) times without a new checkpoint between. CAUC_REQUEUE_ON: exit codes that are
+# tried again (5 stopped by a signal, 6 a peer is gone, 134 abort, 135 bus error, 137 killed, 139 segmentation fault).
+
+begin_attempt() {
+  cd -- "$1" || exit 2
+  trap : TERM INT USR1 USR2 # bash outlives srun, and the ranks hear them all the same
+  # Variables of other launchers, from a login shell or the job that submitted this one, would win over SLURM's.
+  unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE NODE_RANK GROUP_RANK ROLE_RANK MASTER_ADDR MASTER_PORT
+  unset TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_RESTART_COUNT TORCHELASTIC_RUN_ID
+  local n=1
+  mkdir -p attempts
+  until mkdir "attempts/$(printf %03d $n)" 2> /dev/null; do n=$((n + 1)); done
+  CAUC_ATTEMPT=attempts/$(printf %03d $n)
+  export CAUC_ATTEMPT
+  # glibc maps and unmaps every activation anew: a third of a step's time on CPUs.
+  export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1099511627776}"
+  {
+    echo "id=$(_job_id)"
+    echo "nodes=$SLURM_JOB_NODELIST"
+    echo "tasks=$SLURM_NTASKS"
+    echo "restarts=${SLURM_RESTART_COUNT:-0}"
+    echo "began=$(date +%s)"
+  } > "$CAUC_ATTEMPT/job"
+}
+
+end_attempt() {
+  local rc=$1 codes checkpoint verdict how
+  codes=$(cat "$CAUC_ATTEMPT"/rank-*.exit 2> /dev/null)
+  checkpoint=$(find checkpoints -maxdepth 1 -name 'step-*' 2> /dev/null | sort | tail -n 1)
+  checkpoint=${checkpoint##*/}
+  if [ "$(grep -cx 0 <<< "$codes")" = "$SLURM_NTASKS" ]; then
+    _verdict "done"
+    exit 0
+  fi
+  if [ -e cancelled ] || _cancelled; then
+    _verdict cancelled
+    exit "$rc"
+  fi
+  verdict=$(_kind "$rc" "$codes")
+  if [ "${verdict%% *}" = failed ]; then
+    _verdict "$verdict"
+    exit "$rc"
+  fi
+  verdict="again $verdict ${checkpoint:-none}"
+  _suspects
+  if [ "$(cat attempts/*/end 2> /dev/null | grep -cxF "$verdict")" -ge $((${CAUC_MAX_TRIES:-3} - 1)) ]; then
+    how="given up: ${CAUC_MAX_TRIES:-3} times without a new checkpoint"
+    _verdict "$verdict" "$how"
+    exit "$rc"
+  fi
+  _again "$verdict"
+  exit "$rc"
+}
+
+# stopped, crashed or failed CODE, from srun's exit code and the ranks' own.
+_kind() {
+  local rc=$1 codes=$2 again=" ${CAUC_REQUEUE_ON:-5 6 134 135 137 139} " code kind=stopped
+  if ! ls "$CAUC_ATTEMPT"/rank-*.host > /dev/null 2>&1; then
+    echo "failed $rc" # not one rank began: the command itself is wrong
+    return
+  fi
+  for code in $codes; do
+    [ "$code" = 0 ] && continue
+    if [ "${again#* "$code" }" = "$again" ]; then
+      echo "failed $code"
+      return
+    fi
+    [ "$code" = 5 ] || kind=crashed
+  done
+  # A rank without an exit code was killed; of what, srun's code says.
+  [ "$(wc -w <<< "$codes")" = "$SLURM_NTASKS" ] || kind=crashed
+  echo "$kind"
+}
+
+# Hosts on which a rank was killed, unless that is every host.
+_suspects() {
+  local rank
+  for rank in "$CAUC_ATTEMPT"/rank-*.host; do
+    [ -e "${rank%.host}.exit" ] || cat "$rank"
+  done | sort -u > "$CAUC_ATTEMPT/suspects"
+  if [ "$(wc -l < "$CAUC_ATTEMPT/suspects")" = "$SLURM_JOB_NUM_NODES" ] && [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+    : > "$CAUC_ATTEMPT/suspects"
+  fi
+}
+
+# Hosts that were suspected twice.
+_bad_nodes() { cat attempts/*/suspects 2> /dev/null | sort | uniq -d | paste -sd, -; }
+
+# The job once more: by requeueing, which keeps its id; where it cannot be, or nodes are to be left out, as a new job.
+_again() {
+  local verdict=$1 bad id before
+  bad=$(_bad_nodes)
+  if [ -z "$bad" ] && command -v scontrol > /dev/null; then
+    _verdict "$verdict" requeued
+    scontrol requeue "$SLURM_JOB_ID" && return
+  fi
+  before=$(_job_id)
+  # A job that may start only when this one is over: the run folder is never two jobs'.
+  if id=$(cd -- "$SLURM_SUBMIT_DIR" && _clean sbatch --parsable --dependency="afterany:$before" \
+    ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} ${bad:+--exclude="$bad"} "$CAUC_SCRIPT"); then
+    id=${id%%;*}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+    if [ -e "$SLURM_SUBMIT_DIR/slurm/${before}_submitted.pkl" ]; then
+      ln -f "$SLURM_SUBMIT_DIR/slurm/${before}_submitted.pkl" "$SLURM_SUBMIT_DIR/slurm/${id}_submitted.pkl"
+    fi
+    echo "$id" >> resubmitted
+    _verdict "$verdict" "resubmitted as $id${bad:+ without $bad}"
+  else
+    _verdict "$verdict" "given up: neither scontrol nor sbatch works here"
+  fi
+}
+
+_job_id() { echo "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"; }
+
+_verdict() {
+  printf '%s\n' "$@" > "$CAUC_ATTEMPT/.end"
+  mv "$CAUC_ATTEMPT/.end" "$CAUC_ATTEMPT/end"
+  echo "attempt ${CAUC_ATTEMPT#*/}: $*"
+}
+
+# Whether it was scancel that ended the ranks: the job is no longer RUNNING then, and has time left.
+_cancelled() {
+  local state left
+  read -r state left < <(squeue -h -j "$SLURM_JOB_ID" -o '%T %L' 2> /dev/null)
+  [ -n "$state" ] && [ "$state" != RUNNING ] && [ "$left" != 0:00 ]
+}
+
+# Run a command without this job's own variables: sbatch hands them to the new job.
+_clean() {
+  local name drop=()
+  for name in $(compgen -e); do
+    case $name in
+      SLURM_CONF) ;;
+      SLURM_* | SLURMD_* | SBATCH_* | PMI* | OMPI_* | CAUC_ATTEMPT) drop+=(-u "$name") ;;
+    esac
+  done
+  env "${drop[@]}" "$@"
+}
