@@ -1,6 +1,6 @@
 """What does a step of several ranks cost beside plain DDP; and GradCache, in time and memory; and z, in bytes sent?
 
-    python benchmarks/step.py --out benchmarks/results/DATE-step.json      # twenty minutes; on a quiet machine
+    python benchmarks/step.py --out benchmarks/results/DATE-step.json      # thirty minutes; on a quiet machine
     python benchmarks/step.py --quick                                      # small volumes and batches, two minutes
     python benchmarks/step.py --table benchmarks/results/DATE-step.json    # its table and verdict again
 
@@ -56,8 +56,6 @@ from cauc_dist.world import World, loopback_interface
 ROOT = Path(__file__).resolve().parents[1]
 CPU, MIB, LR = torch.device("cpu"), 2**20, 1e-4
 ENGINES = ("ddp", "zero 0", "zero 1", "zero 2", "zero 3", "fsdp2")
-SEEN = 4096
-"""Subjects in the steps whose peak memory is taken: the peak of more chunks is a higher one, whatever the batch."""
 QUIET = 0.1
 """Seconds until the last acknowledgement is on its way: TCP delays them by up to 40 ms."""
 OWN_NETWORK = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
@@ -78,6 +76,9 @@ class Point:
     chunk: int = 0
     """chunks, memory: subjects of a rank that are encoded at once; 0: all."""
     rounds: int = 1
+    """memory: worlds, of which the median is taken."""
+    seen: int = 0
+    """memory: subjects in all steps together. The peak of more chunks is a higher one, whatever the batch."""
     objective: str = "cauc"
     exchange: str = "all_gather"
     augment: bool = True
@@ -283,7 +284,7 @@ def remembered(point: Point, world: World) -> dict[str, Any]:
     with training(replace(point.run, batch_size=max(2, point.ranks)), engine, world, store, 0, objective) as step:
         step(0)
     before = psutil.Process().memory_info().rss
-    steps = max(2, SEEN // point.batch) if point.chunk else 2
+    steps = max(2, point.seen // point.batch)
     with training(point.run, engine, world, store, point.chunk, objective) as step:
         seconds = [_timed(lambda k=k: step(k))[0] for k in range(steps)]  # type: ignore[misc]
     return {"peak_bytes": _everyones(memory.peak(CPU) - before), "baseline_bytes": before, "step_s": seconds}
@@ -354,7 +355,7 @@ def points(quick: bool) -> list[Point]:
         Point("chunks", "cnn3d", batch=64, chunk=8, rounds=5),
         Point("chunks", "cnn3d", batch=64, chunk=8, rounds=5, augment=False),
         Point("chunks", "densenet121_3d", batch=16, chunk=4, rounds=3),
-        *(Point("memory", batch=n, chunk=8) for n in (64, 256, 1024, 2048)),
+        *(Point("memory", batch=n, chunk=8, rounds=3, seen=4096) for n in (64, 256, 1024, 2048)),
         *(Point("memory", batch=n) for n in (64, 256)),
         *(Point("wire", side=16, batch=n, ranks=w) for n, w in [(256, 2), (2048, 2), (2048, 4)]),
         Point("wire", side=16, batch=2048, ranks=4, objective="y_aware"),
@@ -393,11 +394,22 @@ def rank(point: Point, out: Path) -> None:
         out.write_text(json.dumps(found))
 
 
-def benchmark(quick: bool, out: Path | None) -> dict[str, Any]:
+def worlds_of(point: Point) -> dict[str, Any]:
+    """The same, of several worlds where peak memory is asked: what malloc keeps differs from one to the next."""
+    found = [world_of(point) for _ in range(point.rounds if point.question == "memory" else 1)]
+    failed = next((each for each in found if "not_run" in each), None)
+    return failed or {
+        **found[0],
+        **({"peak_bytes": [each["peak_bytes"] for each in found]} if point.question == "memory" else {}),
+    }
+
+
+def benchmark(quick: bool, only: str | None, out: Path | None) -> dict[str, Any]:
     """Every point, saved after each."""
     record = provenance()
     record |= {"question": (__doc__ or "").splitlines()[0], "threads": 1, "points": []}
-    all_, began = points(quick), time.monotonic()
+    all_ = [point for point in points(quick) if only in (None, point.question)]
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cauc-step-") as folder:
         stores: dict[int, str] = {}
         for point in all_:
@@ -406,7 +418,7 @@ def benchmark(quick: bool, out: Path | None) -> dict[str, Any]:
                     n = max(p.batch for p in all_ if p.question != "engine" and p.side == point.side)
                     stores[point.side] = str(cohort(Path(folder), n, point.side))
                 point = replace(point, store=stores[point.side])
-            record["points"].append(world_of(point))
+            record["points"].append(worlds_of(point))
             record["minutes"] = (time.monotonic() - began) / 60
             if out:
                 bench.save(record, out)
@@ -441,9 +453,15 @@ def verdict(ran: Sequence[dict[str, Any]]) -> list[tuple[str, float | None, floa
             found.append((f"{name}, bytes for z over the least", of_z(p), 1.05))
             extra = max(0, p["sent_bytes"]["backward"] - p["sent_bytes"]["silence"])
             found.append((f"{name}, bytes in backward over the least", extra / p["least_bytes"], 0.01))
-    peaks = [max(p["peak_bytes"]) for p in ran if p["question"] == "memory" and p["chunk"]]
-    off = max(abs(peak / median(peaks) - 1) for peak in peaks) if peaks else None
+    peaks = [peak(p) for p in ran if p["question"] == "memory" and p["chunk"]]
+    off = max(abs(each / median(peaks) - 1) for each in peaks) if peaks else None
     return [*found, ("memory in chunks: largest distance from the median over batches", off, 0.1)]
+
+
+def peak(p: dict[str, Any]) -> float:
+    """Bytes of the rank that took most: of a world, or the median of several."""
+    worlds = p["peak_bytes"] if p["question"] == "memory" else [p["peak_bytes"]]
+    return float(median(map(max, worlds)))
 
 
 def difference(losses: dict[str, list[float]]) -> float:
@@ -467,9 +485,7 @@ def table(ran: Sequence[dict[str, Any]]) -> list[str]:
             times = ratio(p["seconds"], name, base)
             lines.append(f"  {name:<8}{median(all_):9.3f} s {times:7.2f} x {base}")
         if "peak_bytes" in p:
-            lines.append(
-                f"  {max(p['peak_bytes']) / MIB:8,.0f} MiB" + "".join(f"  {s:.1f} s" for s in p.get("step_s", ())[:2])
-            )
+            lines.append(f"  {peak(p) / MIB:8,.0f} MiB" + "".join(f"  {s:.1f} s" for s in p.get("step_s", ())[:2]))
         if "sent_bytes" in p:
             silence = p["sent_bytes"]["silence"]
             sent = ", ".join(
@@ -494,6 +510,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--quick", action="store_true", help="small volumes and batches")
+    parser.add_argument("--only", choices=QUESTIONS, help="one question")
     parser.add_argument("--table", type=Path, help="a result: print its table again, run nothing")
     parser.add_argument("--point", help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -503,7 +520,7 @@ def main() -> int:
             rank(point, a.out)
             return 0
         return start(point.ranks, "--point", a.point, "--out", str(a.out), module="benchmarks.step", threads=1)
-    record = json.loads(a.table.read_text()) if a.table else benchmark(a.quick, a.out)
+    record = json.loads(a.table.read_text()) if a.table else benchmark(a.quick, a.only, a.out)
     print(summary(record))
     return int(any("not_run" in p for p in record["points"]))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 ATTEMPT = "CAUC_ATTEMPT"
 """The folder of this start of the job's ranks, where slurm/attempt.sh has made one."""
+FIRST = "001"
 ASKING = (signal.SIGTERM, signal.SIGUSR2)
 
 
@@ -53,12 +54,12 @@ def work(run: str) -> int:
 
     for number in ASKING:
         signal.signal(number, hear)
-    _note("host", socket.gethostname())
+    _note("host", os.environ.get("SLURMD_NODENAME") or socket.gethostname())  # the name that --exclude takes
     code = 1
     try:
         from cauc_dist.train import main
 
-        code = main(run, heard[-1] if heard else 0)
+        code = main(run, heard[-1] if heard else 0, again=Path(os.environ.get(ATTEMPT, FIRST)).name != FIRST)
     except Exception:
         traceback.print_exc()
     _note("exit", str(code))

@@ -40,7 +40,8 @@ from cauc_dist.world import World, cores
 
 SKIPPED_IN_A_ROW = 10
 """Steps that are not finite, one after the other, after which `on_non_finite` skip ends the run all the same."""
-
+LOCK_WAIT = 0.5
+"""Seconds: who asks whether a run is at work holds its lock for an instant."""
 
 ASKING = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
@@ -73,14 +74,15 @@ class Stop:
         self.signal = number
 
 
-def train(run: RunConfig, world: World, stop: Stop | None = None) -> None:
+def train(run: RunConfig, world: World, stop: Stop | None = None, wait: float = LOCK_WAIT) -> None:
     """Train, or go on from the newest sound checkpoint of the run folder. Call it on every rank, in a process group.
 
-    Raises NonFinite, and Stopped where `stop` has asked, after a checkpoint.
+    `wait`: seconds that another training in the folder is given to end. Raises NonFinite, and Stopped where `stop` has
+    asked, after a checkpoint.
     """
     stop = stop or Stop()
     if world.rank == 0:
-        own(run.folder)
+        own(run.folder, wait)
     store = open_store(run, quiet=world.rank != 0)
     check_store(run.folder, store)
     plan = plan_of(run, store)
@@ -225,19 +227,24 @@ def communication(engine: Engine) -> float:
     return best
 
 
-def own(folder: Path) -> None:
-    """Refuse a run folder in which another training is at work; held until this process ends."""
+def own(folder: Path, wait: float = LOCK_WAIT) -> None:
+    """Refuse a run folder in which another training is at work, still after `wait` s; held until this process ends."""
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BadInput(
-            f"another training is at work in {folder}",
-            wanted="one at a time",
-            do="wait for it, or end it first (look for `python -m cauc_dist.train`)",
-        ) from None
-    except OSError:
-        return  # a file system without locks: nothing can be told
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise BadInput(
+                    f"another training is at work in {folder}",
+                    wanted="one at a time",
+                    do="wait for it, or end it first (look for `python -m cauc_dist.train`)",
+                ) from None
+            time.sleep(0.05)
+        except OSError:
+            return  # a file system without locks: nothing can be told
 
 
 @dataclass(frozen=True)
@@ -376,17 +383,18 @@ def _due(done: int, steps_per_epoch: int, every_epochs: int, total: int) -> bool
     return done == total or done % (steps_per_epoch * every_epochs) == 0
 
 
-def main(folder: str, asked: int = 0) -> int:
+def main(folder: str, asked: int = 0, *, again: bool = False) -> int:
     """Run folder in, exit code out: 0 done, 2 bad input, 3 non-finite loss, 5 stopped by a signal, 6 a rank is gone.
 
-    `asked`: a signal that came before.
+    `asked`: a signal that came before. `again`: an earlier start of the same job may not be over. On a node that was
+    cut off its rank 0 lives, and holds the run's lock, until a collective has waited `engine.timeout_minutes`.
     """
     stop = Stop(asked)
     with stop.listening():
-        return _main(folder, stop)
+        return _main(folder, stop, again)
 
 
-def _main(folder: str, stop: Stop) -> int:
+def _main(folder: str, stop: Stop, again: bool) -> int:
     try:
         run = load(Path(folder))
         world = World.from_env()
@@ -394,13 +402,16 @@ def _main(folder: str, stop: Stop) -> int:
         torch.set_num_threads(run.engine.threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or _threads(world))
         with world.process_group(device, run.engine.start_minutes):
             try:
-                train(run, world, stop)
+                train(run, world, stop, 60 * run.engine.timeout_minutes + 60 if again else LOCK_WAIT)
             except RuntimeError as error:
-                if not _of_communication(error) or not (missing := world.missing()):
+                if not _of_communication(error):
                     raise
-                if world.rank == min(set(range(world.world_size)) - set(missing)):
+                missing = world.missing()
+                if not missing and not world.failed:
+                    raise
+                if missing and world.rank == min(set(range(world.world_size)) - {*missing, *world.failed}):
                     print(f"error: {_gone(world, missing, folder)}", file=sys.stderr)
-                return LOST
+                return LOST  # of one that has failed, there is nothing to add to its own words
     except Elsewhere:
         return BAD_INPUT
     except BadInput as error:

@@ -39,7 +39,9 @@ SLURM = (
 MPI_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH, Intel MPI and others of its family
 MPI_RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 GRACE = 3.0  # seconds in which peers come, where they come at all
-LOOPBACK, ROLL = "127.0.0.1", "roll"
+LOOPBACK = "127.0.0.1"
+# Keys of the store, by rank: it answers the roll call, ends by an error of its own, knows who has answered.
+ROLL, FAILED, KNOWS = "roll", "failed", "knows"
 
 
 @dataclass
@@ -52,6 +54,8 @@ class _Meeting:
     names: tuple[str, ...] = ()
     called: bool = False
     """A roll call was asked for here."""
+    failed: tuple[int, ...] = ()
+    """Ranks that have ended by an error of their own, as a roll call found."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +135,16 @@ class World:
                 yield
             finally:
                 over.set()
+                fails = sys.exc_info()[0] is not None and not self._meeting.called
                 # After an error the peers may never reach a barrier: without one, they see closed sockets.
-                if sys.exc_info()[0] is None and not self._meeting.called:
+                if fails:
+                    self._note(FAILED)
+                elif not self._meeting.called:
                     dist.barrier()
                 answering.join(GRACE)
                 dist.destroy_process_group()
+                if fails:
+                    self._linger()
 
     def _answer(self, over: threading.Event) -> None:
         """Answer a roll call while the rank computes: it may meet the closed sockets only at the end of its step."""
@@ -143,8 +152,24 @@ class World:
         with contextlib.suppress(RuntimeError):  # the store is gone
             while store is not None and not over.wait(0.5):
                 if store.check([ROLL]):
-                    store.set(f"{ROLL}/{self.rank}", "")
+                    self._note(ROLL)
                     return
+
+    def _note(self, what: str) -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            if self._meeting.store is not None:
+                self._meeting.store.set(f"{what}/{self.rank}", "")
+
+    def _linger(self) -> None:
+        """Rank 0's store ends with it: the others hear first that it was an error of its own."""
+        store, deadline = self._meeting.store, time.monotonic() + GRACE
+        if self.rank or self.agent or store is None:
+            return
+        others = range(1, self.world_size)
+        while time.monotonic() < deadline:
+            if all(any(store.check([f"{what}/{rank}"]) for what in (FAILED, KNOWS)) for rank in others):
+                return
+            time.sleep(0.05)
 
     def shorten(self, timeout_minutes: float) -> None:
         """From now on a collective that waits longer fails, in DeepSpeed's groups too: theirs begin with torch's 30."""
@@ -156,31 +181,40 @@ class World:
     def missing(self, seconds: float = GRACE) -> tuple[int, ...]:
         """Ranks that do not answer within `seconds`; to be asked by every rank whose collective has failed.
 
-        () where all answer, or where nothing can be known. Where the store is gone, rank 0 is: it was its host.
+        () where all answer, or where nothing can be known. Where the store is gone, rank 0 is: it was its host. One
+        that has ended by an error of its own is not missing, but in `failed` from now on.
         """
         self._meeting.called, store = True, self._meeting.store
         if store is None:
             return ()
-        absent, ended = set(range(self.world_size)), threading.Event()
+        absent, failed, ended = set(range(self.world_size)), set[int](), threading.Event()
 
         def listen() -> None:
             deadline = time.monotonic() + seconds
             with contextlib.suppress(RuntimeError):  # the store is gone
                 store.set(ROLL, "")
-                store.set(f"{ROLL}/{self.rank}", "")
+                self._note(ROLL)
                 while absent and time.monotonic() < deadline:
-                    absent.difference_update([r for r in absent if store.check([f"{ROLL}/{r}"])])
+                    failed.update(r for r in absent if store.check([f"{FAILED}/{r}"]))
+                    absent.difference_update([r for r in absent if store.check([f"{ROLL}/{r}"])], failed)
                     time.sleep(0.05)
+                self._note(KNOWS)
                 ended.set()
 
         # A thread: a frozen host's store neither answers nor fails.
         thread = threading.Thread(target=listen, daemon=True)
         thread.start()
         thread.join(seconds + 1)
+        self._meeting.failed = tuple(sorted(failed))
         if not ended.is_set() and self.agent:
             return ()
         # A rank 0 that has answered, and ended since, is not missing.
         return (0,) if not ended.is_set() and 0 in absent else tuple(sorted(absent))
+
+    @property
+    def failed(self) -> tuple[int, ...]:
+        """Ranks that have ended by an error of their own, which they have told: what the last `missing` found."""
+        return self._meeting.failed
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import ranks
 from tests.faults import ledger as ledger
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,3 +30,8 @@ def store(cohort: Path) -> Path:
     path = cohort.parent / "store.zarr"
     ingest(cohort, path)
     return path
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if any(hasattr(item.module, "run_ranks") for item in session.items if isinstance(item, pytest.Function)):
+        ranks.preload()

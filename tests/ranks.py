@@ -5,12 +5,19 @@ import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 # What DeepSpeed imports when an engine is made costs 3 s; a fork of a process that has it costs nothing.
 PRELOADED = ["torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "cauc_dist.train"]
+
+
+def preload() -> None:
+    """Start the server that ranks are forked from, before other code of the process starts one that has nothing."""
+    mp.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
 
 
 def _rank_main(conn: Connection, rank: int, world: int, store: str, fn: Callable[..., Any], args: bytes) -> None:
@@ -31,8 +38,8 @@ def _rank_main(conn: Connection, rank: int, world: int, store: str, fn: Callable
 
 def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
     """`[fn(*args) on rank 0, ..., on rank world-1]`; a rank that raises fails the caller with its traceback."""
+    preload()
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     processes, pipes = [], []
     with tempfile.TemporaryDirectory() as folder:
         store, payload = str(Path(folder) / "store"), pickle.dumps(args)

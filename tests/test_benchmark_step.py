@@ -74,7 +74,7 @@ def test_verdict_and_table_come_from_the_raw_numbers() -> None:
             "engine", {"seconds": {"ddp": [1.0]}, "losses": {"ddp": [1.0]}, "peak_bytes": [2**20]}, contestants=("ddp",)
         ),
         point("chunks", {"seconds": {"whole": [1.0, 1.0], "chunks": [1.4, 1.4]}}, chunk=2),
-        *(point("memory", {"peak_bytes": [b, 1]}, batch=n, chunk=2) for n, b in [(64, 100), (256, 100), (1024, 120)]),
+        *(point("memory", {"peak_bytes": [[b, 1]]}, batch=n, chunk=2) for n, b in [(64, 100), (256, 100), (1024, 120)]),
         point("wire", {"sent_bytes": sent, "least_bytes": 1000}),
         {**step.asdict(Point("wire", ranks=4)), "not_run": "ended with 1: no"},
     ]

@@ -231,10 +231,12 @@ try:
         world.shorten(2 / 60)
         print(f"{world.rank} is here", flush=True)
         try:
-            while sys.argv[2] == "on":
+            while sys.argv[2] != "off":
+                if sys.argv[2] == f"rank {world.rank} fails":
+                    raise BadInput("a bad scan", wanted="a good one", do="mend it")
                 dist.all_reduce(torch.ones(1), group=again)
         except RuntimeError:
-            print([world.name(rank) for rank in world.missing()], flush=True)
+            print([world.name(rank) for rank in world.missing()], *world.failed, flush=True)
             sys.exit(6)
 except BadInput as error:
     sys.exit(str(error))
@@ -261,6 +263,21 @@ def test_the_others_say_which_rank_was_killed_or_frozen(number: signal.Signals, 
     gone = f"['rank {victim} (host {socket.gethostname()}, pid {ranks[victim].pid})']\n"
     assert [out for out, _ in said] == [gone] * 2, said
     assert [process.returncode for process in others] == [6, 6]
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_rank_that_ends_by_an_error_of_its_own_is_not_taken_for_gone(culprit: int) -> None:
+    port = free_port()
+    with ExitStack() as stack:
+        command = [sys.executable, "-c", RANK, "1", f"rank {culprit} fails"]
+        ranks = [begin(stack, *command, **explicit(rank, 3, port)) for rank in range(3)]
+        said = [process.communicate(timeout=30) for process in ranks]
+    assert [process.returncode for process in ranks] == [1 if rank == culprit else 6 for rank in range(3)]
+    for rank, (out, error) in enumerate(said):
+        if rank == culprit:
+            assert "a bad scan; wanted a good one" in error
+        else:
+            assert out == f"{rank} is here\n[] {culprit}\n", said
 
 
 @pytest.mark.parametrize(
