@@ -5,13 +5,31 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test faults lint lock clean
+.PHONY: demo test test-slurm cluster-demo faults lint lock clean
 
 demo: $(READY)  ## the whole chain on a synthetic cohort, about three minutes
 	$(BIN)/cauc demo --folder demo/$$(date +%Y%m%d-%H%M%S)
 
+# Tests on the real cluster have the machine to themselves: they wait for what takes seconds.
 test: $(READY) $(VENV)/triton  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 -m "not slurm"
+	$(BIN)/python -m pytest -m slurm
+
+# What a cluster of slurm/cluster needs; installed where that may be, else pytest and the demo say what is missing.
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core iproute2 util-linux
+SLURM_PROGRAMS := slurmctld slurmd sinfo munged slurmdbd mariadbd tc unshare
+GET_SLURM = for program in $(SLURM_PROGRAMS); do \
+	  PATH="$$PATH:/usr/sbin:/sbin" command -v $$program > /dev/null || missing="$$missing $$program"; done; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); fi
+
+test-slurm: $(READY)  ## what needs a real cluster: one of four nodes on this machine, as root; five to ten minutes
+	$(GET_SLURM)
+	$(BIN)/python -m pytest -m slurm tests/slurm
+
+cluster-demo: $(READY)  ## a training on a SLURM cluster on this machine, as root; a node is powered off on the way
+	$(GET_SLURM)
+	$(BIN)/python slurm/cluster/demo.py
 
 faults: $(READY)  ## killed, full, damaged, twice at once: as the tests, many times each; results in benchmarks/results
 	CAUC_FAULTS=full $(BIN)/python -m pytest tests/test_faults*.py

@@ -253,7 +253,7 @@ class Engine:
     """bf16: autocast of the encoder; weights, embeddings and loss stay fp32. fp64, stage 0: for checks."""
     encode_chunk: int | Literal["auto"] | None = None
     """Subjects of a rank that are encoded at once (GradCache, arXiv 2101.06983): the batch is bounded by time, not by
-    memory. Two passes, so 1.4 to 1.6 times a step's time. auto: as many as fit in memory_gib. None: all of them."""
+    memory. Two passes, so 1.3 to 1.4 times a step's time. auto: as many as fit in memory_gib. None: all of them."""
     memory_gib: float | None = None
     """Memory that a rank may use; default: 90 % of what its GPU has free, or its share of half of the CPU's."""
     recompute: bool = False

@@ -6,6 +6,7 @@ results is not used: those of SLURM and of the attempts' folders are right while
 """
 
 import hashlib
+import math
 import shlex
 import shutil
 import sys
@@ -31,18 +32,29 @@ class Executor(submitit.SlurmExecutor):
         return 2
 
 
-def executor(folder: Path, resources: Resources, site: Site, name: str, *, members: int = 1) -> Executor:
-    """Of a run folder, or of a sweep's with `members` runs that its file `runs` names."""
+def executor(
+    folder: Path, resources: Resources, site: Site, name: str, *, members: int = 1, array: str = ""
+) -> Executor:
+    """Of a run folder, or of a sweep's with `members` runs that its file `runs` names.
+
+    `array`: the members that are queued, as sbatch has it (0-5%2); default: all.
+    """
     made = Executor(folder=folder / SLURM, python=_command(site))
     made.update_parameters(**_parameters(folder, resources, site, name, members))
+    if array:
+        made.parameters["additional_parameters"]["array"] = array
     return made
 
 
 def text(made: Executor, members: int = 1) -> str:
     """The script, byte for byte as submitit will write it."""
+    before = dict(made.parameters)
     if members > 1:
         made.parameters["map_count"] = members
-    return made._make_submission_file_text(made._submitit_command_str, "")
+    try:
+        return made._make_submission_file_text(made._submitit_command_str, "")
+    finally:
+        made.parameters = before  # map_array refuses a count that it has not set itself
 
 
 def name_of(run: str, folder: Path) -> str:
@@ -60,31 +72,54 @@ def snapshot(folder: Path) -> None:
 
 def _command(site: Site) -> str:
     """What follows `srun`'s own options: a log of its own a rank and attempt, the container, python."""
-    python = [shlex.quote(site.python or sys.executable)]
-    if site.container and site.container.kind == "apptainer":
-        mounts = [word for mount in site.container.mounts for word in ("--bind", mount)]
-        inside = ["apptainer", "exec", *mounts, *site.container.options, site.container.image]
-        python = [shlex.join(inside), *(python if site.python else ["python"])]
-    return " ".join(['--output="$CAUC_ATTEMPT/rank-%t.log"', *python])
+    return f'--output="$CAUC_ATTEMPT/rank-%t.log" {python(site)}'
+
+
+def python(site: Site) -> str:
+    """The interpreter of the jobs as the last of srun's words: in the site's container, where there is one."""
+    box = site.container
+    if box is None:
+        return shlex.quote(site.python or sys.executable)
+    inside = shlex.quote(site.python or "python")
+    if box.kind == "pyxis":  # it would begin in the image's own folder
+        return f'--container-workdir="$PWD" {inside}'
+    mounts = [word for mount in box.mounts for word in ("--bind", mount)]
+    return f"{shlex.join(['apptainer', 'exec', *mounts, *box.options, box.image])} {inside}"
+
+
+def srun_words(resources: Resources, site: Site) -> list[str]:
+    """Options of srun that the resources and the site ask for."""
+    words = [f"--cpus-per-task={resources.cpus_per_rank}", "--export=ALL", *site.srun]
+    if site.container and site.container.kind == "pyxis":
+        mounts = site.container.mounts
+        words += [
+            f"--container-image={site.container.image}",
+            *([f"--container-mounts={','.join(mounts)}"] * bool(mounts)),
+            *site.container.options,
+        ]
+    return words
+
+
+def prelude(site: Site) -> list[str]:
+    """What a batch script does first: the site's modules and variables, and the snapshot before other code."""
+    return [
+        *(["module purge"] if site.modules else []),
+        *(f"module load {shlex.quote(module)}" for module in site.modules),
+        *(f"export {key}={shlex.quote(value)}" for key, value in site.environment.items()),
+        f'export PYTHONPATH="$SLURM_SUBMIT_DIR/{SNAPSHOT}"',
+        *site.setup,
+    ]
 
 
 def _parameters(folder: Path, resources: Resources, site: Site, name: str, members: int) -> dict[str, Any]:
     r = resources
-    srun = ["--kill-on-bad-exit=0", f"--wait={WAIT}", f"--cpus-per-task={r.cpus_per_rank}", "--export=ALL", *site.srun]
-    if site.container and site.container.kind == "pyxis":
-        mounts = site.container.mounts
-        srun += [
-            f"--container-image={site.container.image}",
-            *([f"--container-mounts={','.join(mounts)}"] * bool(mounts)),
-        ]
-        srun += site.container.options
     log = "%A_%a" if members > 1 else "%j"
     others = {
         "time": r.time,
         "requeue": True,
         "export": "ALL",
         "output": f"{SLURM}/{log}.log",
-        **({"mem": f"{r.mem_gb:g}G"} if r.mem_gb else {}),
+        **({"mem": f"{math.ceil(r.mem_gb * 1024)}M"} if r.mem_gb else {}),
         **{key: value if value else True for key, value in site.sbatch.items()},
     }
     member = (
@@ -105,16 +140,13 @@ def _parameters(folder: Path, resources: Resources, site: Site, name: str, membe
         "signal_delay_s": r.signal_seconds,
         "wckey": None,
         "stderr_to_stdout": True,
-        "srun_args": srun,
+        "srun_args": ["--kill-on-bad-exit=0", f"--wait={WAIT}", *srun_words(r, site)],
         "additional_parameters": others,
         "setup": [
             f". {SNAPSHOT}/slurm/attempt.sh",
-            *(["module purge"] if site.modules else []),
-            *(f"module load {shlex.quote(module)}" for module in site.modules),
-            *(f"export {key}={shlex.quote(value)}" for key, value in site.environment.items()),
+            "export CAUC_SCRIPT=$0",
             f"export CAUC_MAX_TRIES={r.max_tries} CAUC_REQUEUE_ON={shlex.quote(' '.join(map(str, r.requeue_on)))}",
-            f'export PYTHONPATH="$SLURM_SUBMIT_DIR/{SNAPSHOT}"',
-            *site.setup,
+            *prelude(site),
             f"begin_attempt {member}",
         ],
         "teardown": ["end_attempt $?"],

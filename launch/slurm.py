@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cauc_dist.errors import BadInput, nearest
@@ -18,7 +18,8 @@ KEPT = (
 )  # fmt: skip
 """Variables of the submitting shell that a job has, too. MASTER_ADDR, SLURM_* of a job that one submits from, thread
 counts and the like stay behind."""
-FIELDS = "%i|%j|%T|%r|%N|%S|%M|%l"
+FIELDS = "%i|%T|%r|%N|%S|%j"
+"""Of squeue; the name comes last, since it may hold anything."""
 LIVE = (
     "PENDING",
     "CONFIGURING",
@@ -101,7 +102,7 @@ def refused(command: str, words: str) -> BadInput:
         return BadInput(found, wanted="a partition", do=nearest(named[1] if named else "", partitions()))
     if "node count" in text or "node configuration" in text or "more processors" in text:
         return BadInput(found, wanted="nodes that the partition has", do=f"it has {has()}")
-    if "account" in text:
+    if "invalid account" in text:
         return BadInput(found, wanted="an account that you may use", do="`sacctmgr show associations user=$USER`")
     if "qos" in text or "time limit" in text:
         return BadInput(found, wanted="what the partition allows", do="`scontrol show partition` says it")
@@ -119,18 +120,19 @@ def has() -> str:
     return "; ".join(f"{p}: {n} nodes of {c} cores, {'no GPU' if g == '(null)' else g}" for p, n, c, g in found)
 
 
-def queue() -> list[Job]:
-    """Jobs of this user that SLURM still has to do with; BadInput where squeue does not answer."""
-    said = call("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", FIELDS)
-    found = [line.split("|") for line in said.splitlines() if line.count("|") == FIELDS.count("|")]
-    return [Job(id, name, state, reason, nodes, start) for id, name, state, reason, nodes, start, *_ in found]
+def queue(users: Iterable[int] = ()) -> list[Job]:
+    """Jobs of these users, and of this one, that are not over; BadInput where squeue does not answer."""
+    said = call("squeue", "-h", "-r", "-u", ",".join(map(str, sorted({os.getuid(), *users}))), "-o", FIELDS)
+    rows = [line.split("|", FIELDS.count("|")) for line in said.splitlines()]
+    found = [row for row in rows if len(row) > FIELDS.count("|")]  # the others are warnings
+    return [Job(id, name, state, reason, nodes, start) for id, state, reason, nodes, start, name in found]
 
 
 def accounted(ids: Sequence[str]) -> list[Job]:
-    """What the accounting remembers of some jobs; () where there is none, or it does not answer."""
-    lines = _lines("sacct", "-n", "-P", "-X", "-j", ",".join(ids), "-o", "JobID,JobName%200,State%40,NodeList%200")
-    found = [line.split("|") for line in lines if line.count("|") == 3]
-    return [Job(id, name, state.split()[0], nodes=nodes) for id, name, state, nodes in found if state]
+    """What the accounting remembers of some jobs; [] where there is none, or it does not answer."""
+    lines = _lines("sacct", "-n", "-P", "-X", "-j", ",".join(ids), "-o", "JobID,State%40,NodeList%200,JobName%200")
+    found = [row for row in (line.split("|", 3) for line in lines) if len(row) == 4]
+    return [Job(id, name, state.split()[0], nodes=nodes) for id, state, nodes, name in found if state]
 
 
 def _lines(*command: str) -> list[str]:

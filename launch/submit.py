@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -12,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from submitit.core.utils import FailedJobError
 
 from cauc_dist.config import RunConfig
 from cauc_dist.errors import BadInput
@@ -39,6 +42,7 @@ def submit(run: RunConfig, resources: Resources, site: Site, *, say: Say, dry_ru
         say(plan(run, resources))
         return folder
     slurm.required()
+    check_new(folder)
     check_folder(folder, site)
     check_times(run, resources)
     began = time.monotonic()
@@ -72,7 +76,12 @@ def write(folder: Path, resources: Resources, site: Site) -> None:
 def queue(made: script.Executor, folder: Path, site: Site, runs: list[Path]) -> list[str]:
     """sbatch, by submitit, in the folder: one job, or an array of several runs; their ids."""
     with slurm.only(slurm.environment(site.keep)), contextlib.chdir(folder):
-        jobs = made.map_array(Job, [str(run) for run in runs]) if len(runs) > 1 else [made.submit(Job(str(runs[0])))]
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+                these = [Job(str(run)) for run in runs]
+                jobs = made.submit_array(these) if len(these) > 1 else [made.submit(these[0])]
+        except FailedJobError as error:  # of what --test-only does not know, e.g. how many jobs one may have
+            raise slurm.refused("sbatch", str(error)) from None
     return [job.job_id for job in jobs]
 
 
@@ -96,6 +105,22 @@ def plan(run: RunConfig, resources: Resources) -> str:
     return (
         f"{resources.nodes} nodes x {resources.ranks_a_node} ranks = {resources.ranks} ranks; "
         f"global batch {run.batch_size}, {share}, {run.augment.views} views each; {run.epochs} epochs"
+    )
+
+
+def check_new(folder: Path) -> None:
+    """Refuse the run folder of another job, in words that `prepare` has not."""
+    if not (folder / JOBS).exists():
+        return
+    from launch import state  # it imports this module
+
+    (now,) = state.status([folder])
+    if now.live:
+        raise BadInput(f"run folder {folder} is taken: {now.where}", wanted="a new one", do="choose another with --run")
+    raise BadInput(
+        f"run folder {folder} exists already, its job {now.id} is {now.state}",
+        wanted="a new one",
+        do=f"go on with it by `python -m launch resume {folder}`, or choose another with --run",
     )
 
 
@@ -136,8 +161,26 @@ def file_system(path: Path) -> str:
     return ""
 
 
+def check_numbers(resources: Resources) -> None:
+    """Refuse counts that SLURM, or a division, would stumble over."""
+    least = {
+        "nodes": 1,
+        "ranks_per_node": 1,
+        "cpus_per_rank": 1,
+        "max_tries": 1,
+        "gpus_per_node": 0,
+        "signal_seconds": 1,
+    }
+    for name, bound in least.items():
+        value = getattr(resources, name)
+        if value is not None and value < bound:
+            option = name.replace("_", "-")
+            raise BadInput(f"--{option} {value}", wanted=f"{bound} or more", do="set it to that, or leave it out")
+
+
 def check_times(run: RunConfig, resources: Resources) -> None:
     """Refuse times that leave none for training."""
+    check_numbers(resources)
     minutes, seconds = resources.minutes, resources.signal_seconds
     if seconds * 2 > minutes * 60:
         raise BadInput(

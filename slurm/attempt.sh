@@ -11,10 +11,11 @@
 #   done                       every rank ended with 0
 #   failed CODE                a rank ended with a code that is not to be tried again
 #   cancelled                  by the user
-#   again stopped|crashed CHECKPOINT    and how: requeued, resubmitted as ID, given up
+#   again stopped|crashed CHECKPOINT    and how: requeued (by SLURM itself), resubmitted as ID, given up
 #
-# The same again at most CAUC_MAX_TRIES (3) times without a new checkpoint between. CAUC_REQUEUE_ON: exit codes that are
-# tried again (5 stopped by a signal, 6 a peer is gone, 134 abort, 135 bus error, 137 killed, 139 segmentation fault).
+# An attempt whose node was lost has no verdict: SLURM has queued the job again. The same again at most CAUC_MAX_TRIES (3)
+# times without a new checkpoint between. CAUC_REQUEUE_ON: exit codes that are tried again (5 stopped by a signal, 6 a peer
+# is gone, 134 abort, 135 bus error, 137 killed, 139 segmentation fault).
 
 begin_attempt() {
   cd -- "$1" || exit 2
@@ -40,6 +41,10 @@ begin_attempt() {
 
 end_attempt() {
   local rc=$1 codes checkpoint verdict how
+  if _is_superseded; then
+    echo "attempt ${CAUC_ATTEMPT#*/}: SLURM has started the job elsewhere meanwhile"
+    exit "$rc"
+  fi
   codes=$(cat "$CAUC_ATTEMPT"/rank-*.exit 2> /dev/null)
   checkpoint=$(find checkpoints -maxdepth 1 -name 'step-*' 2> /dev/null | sort | tail -n 1)
   checkpoint=${checkpoint##*/}
@@ -58,7 +63,11 @@ end_attempt() {
   fi
   verdict="again $verdict ${checkpoint:-none}"
   _suspects
-  if [ "$(cat attempts/*/end 2> /dev/null | grep -cxF "$verdict")" -ge $((${CAUC_MAX_TRIES:-3} - 1)) ]; then
+  if _is_requeued; then
+    _verdict "$verdict" "requeued by SLURM itself"
+    exit "$rc"
+  fi
+  if [ "$(_times "$verdict")" -ge $((${CAUC_MAX_TRIES:-3} - 1)) ]; then
     how="given up: ${CAUC_MAX_TRIES:-3} times without a new checkpoint"
     _verdict "$verdict" "$how"
     exit "$rc"
@@ -70,8 +79,8 @@ end_attempt() {
 # stopped, crashed or failed CODE, from srun's exit code and the ranks' own.
 _kind() {
   local rc=$1 codes=$2 again=" ${CAUC_REQUEUE_ON:-5 6 134 135 137 139} " code kind=stopped
-  if ! ls "$CAUC_ATTEMPT"/rank-*.host > /dev/null 2>&1; then
-    echo "failed $rc" # not one rank began: the command itself is wrong
+  if ! ls attempts/*/rank-*.host > /dev/null 2>&1; then
+    echo "failed $rc" # not one rank ever began: the command itself is wrong
     return
   fi
   for code in $codes; do
@@ -82,9 +91,19 @@ _kind() {
     fi
     [ "$code" = 5 ] || kind=crashed
   done
-  # A rank without an exit code was killed; of what, srun's code says.
-  [ "$(wc -w <<< "$codes")" = "$SLURM_NTASKS" ] || kind=crashed
+  # A rank without an exit code was killed; by which signal, srun's code says.
+  if [ "$(wc -w <<< "$codes")" != "$SLURM_NTASKS" ]; then
+    kind=crashed
+    [ "$rc" -gt 128 ] && [ "${again#* "$rc" }" = "$again" ] && kind="failed $rc"
+  fi
   echo "$kind"
+}
+
+# How often that was the verdict, since launch queued the run last: `launch resume` begins to count anew.
+_times() {
+  local since=()
+  [ -e jobs.jsonl ] && since=(-newer jobs.jsonl)
+  find attempts -name end "${since[@]}" -exec cat {} + | grep -cxF "$1"
 }
 
 # Hosts on which a rank was killed, unless that is every host.
@@ -103,40 +122,59 @@ _bad_nodes() { cat attempts/*/suspects 2> /dev/null | sort | uniq -d | paste -sd
 
 # The job once more: by requeueing, which keeps its id; where it cannot be, or nodes are to be left out, as a new job.
 _again() {
-  local verdict=$1 bad id before
+  local verdict=$1 bad
   bad=$(_bad_nodes)
-  if [ -z "$bad" ] && command -v scontrol > /dev/null; then
+  if [ -n "$bad" ] && _resubmit "$verdict" "$bad"; then return; fi # it fails where no other nodes are left
+  if command -v scontrol > /dev/null; then
     _verdict "$verdict" requeued
-    scontrol requeue "$SLURM_JOB_ID" && return
+    scontrol requeue "$(_job_id)" && return
+    if _is_requeued; then return; fi # in this very moment
   fi
-  before=$(_job_id)
-  # A job that may start only when this one is over: the run folder is never two jobs'.
-  if id=$(cd -- "$SLURM_SUBMIT_DIR" && _clean sbatch --parsable --dependency="afterany:$before" \
-    ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} ${bad:+--exclude="$bad"} "$CAUC_SCRIPT"); then
-    id=${id%%;*}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
-    if [ -e "$SLURM_SUBMIT_DIR/slurm/${before}_submitted.pkl" ]; then
-      ln -f "$SLURM_SUBMIT_DIR/slurm/${before}_submitted.pkl" "$SLURM_SUBMIT_DIR/slurm/${id}_submitted.pkl"
-    fi
-    echo "$id" >> resubmitted
-    _verdict "$verdict" "resubmitted as $id${bad:+ without $bad}"
-  else
-    _verdict "$verdict" "given up: neither scontrol nor sbatch works here"
-  fi
+  _resubmit "$verdict" "" || _verdict "$verdict" "given up: neither scontrol nor sbatch works here"
 }
 
+# A new job, without the nodes $2, that may start only when this one is over: the run folder is never two jobs'.
+_resubmit() {
+  local verdict=$1 bad=$2 script=${CAUC_SCRIPT:-$0} before id without
+  before=$(_job_id)
+  without=$(grep '^#SBATCH --exclude=' "$script" | tail -n 1) # the user's, which the option would replace
+  without=${bad:+$bad${without:+,${without#*=}}}
+  id=$(cd -- "$SLURM_SUBMIT_DIR" && _clean sbatch --parsable --dependency="afterany:$before" \
+    ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} ${without:+--exclude="$without"} "$script") || return
+  id=${id%%;*}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+  if [ -e "$SLURM_SUBMIT_DIR/slurm/${before}_submitted.pkl" ]; then
+    ln -f "$SLURM_SUBMIT_DIR/slurm/${before}_submitted.pkl" "$SLURM_SUBMIT_DIR/slurm/${id}_submitted.pkl"
+  fi
+  echo "$id" >> resubmitted
+  _verdict "$verdict" "resubmitted as $id${bad:+ without $bad}"
+}
+
+# N, or N_K: SLURM_JOB_ID of one task is N, which SLURM's commands take for all tasks.
 _job_id() { echo "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"; }
 
 _verdict() {
-  printf '%s\n' "$@" > "$CAUC_ATTEMPT/.end"
-  mv "$CAUC_ATTEMPT/.end" "$CAUC_ATTEMPT/end"
+  printf '%s\n' "$@" > "$CAUC_ATTEMPT/.end" && mv "$CAUC_ATTEMPT/.end" "$CAUC_ATTEMPT/end"
   echo "attempt ${CAUC_ATTEMPT#*/}: $*"
 }
 
-# Whether it was scancel that ended the ranks: the job is no longer RUNNING then, and has time left.
+# Whether it was scancel that ended the ranks: the job is no longer RUNNING then, has time left, and SLURM does not
+# count one more restart of it, as it does at once where it preempts a job or has lost one of its nodes.
 _cancelled() {
   local state left
-  read -r state left < <(squeue -h -j "$SLURM_JOB_ID" -o '%T %L' 2> /dev/null)
-  [ -n "$state" ] && [ "$state" != RUNNING ] && [ "$left" != 0:00 ]
+  read -r state left < <(squeue -h -j "$(_job_id)" -o '%T %L' 2> /dev/null)
+  [ -n "$state" ] && [ "$state" != RUNNING ] && [ "$left" != 0:00 ] && ! _is_requeued
+}
+
+_is_requeued() {
+  local restarts
+  read -r restarts < <(squeue -h -j "$(_job_id)" -O RestartCnt 2> /dev/null)
+  [ "${restarts:-0}" -gt "${SLURM_RESTART_COUNT:-0}" ]
+}
+
+# Whether a later attempt has begun: this one's node was cut off, and what it would do to the job is not its business.
+_is_superseded() {
+  local all=(attempts/[0-9]*)
+  [ "${all[-1]}" != "$CAUC_ATTEMPT" ]
 }
 
 # Run a command without this job's own variables: sbatch hands them to the new job.

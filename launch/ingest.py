@@ -1,0 +1,155 @@
+"""A store by the tasks of a SLURM array, each of which runs `cauc ingest ... --task I/N`.
+
+STORE.ingest beside the store holds the script, a snapshot of the code and a log a task. What is killed goes on where it
+was when the same command is given again.
+"""
+
+import dataclasses
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+from cauc_dist import cli as cauc
+from cauc_dist.errors import SET_ASIDE, BadInput
+from launch import script, slurm, submit
+from launch.site import Resources, Site
+from launch.submit import Say
+
+SCRIPT = "script.sh"
+
+
+def ingest(
+    asked: cauc.Ingest,
+    tasks: int,
+    resources: Resources,
+    site: Site,
+    *,
+    throttle: int | None = None,
+    say: Say,
+    dry_run: bool = False,
+) -> Path:
+    """Check, write STORE.ingest, queue the array; the folder. What is refused leaves no folder behind.
+
+    A task has one process group on one node, `cpus_per_rank` workers, no GPU. `dry_run` says script and estimate.
+    """
+    asked, folder = absolute(asked), folder_of(asked.store)
+    _refuse(asked, tasks, throttle)
+    text = batch(asked, tasks, resources, site, throttle)
+    if dry_run:
+        say(text)
+        say(_estimate(asked))
+        return folder
+    slurm.required()
+    submit.check_folder(folder, site)
+    name = _name(asked.store)
+    if live := [job.id for job in slurm.queue() if job.name == name]:
+        raise BadInput(
+            f"this store is being made by {len(live)} tasks ({live[0]} ...)",
+            wanted="one array at a time",
+            do=f"wait for it, or end it first: scancel --name {shlex.quote(name)}",
+        )
+    say(_estimate(asked))
+    new = not folder.exists()
+    try:
+        _write(folder, text)
+        said = slurm.call("sbatch", "--parsable", SCRIPT, cwd=folder, env=slurm.environment(site.keep))
+    except BaseException:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    array = said.strip().splitlines()[-1].partition(";")[0]
+    submit.record(folder, id=array, name=name, tasks=tasks)
+    say(f"array {array} ({name}) of {tasks} tasks, logs {folder}/{script.SLURM}/{array}_*.log")
+    say("the last one makes the store. Where one fails, the same command again goes on")
+    return folder
+
+
+def batch(asked: cauc.Ingest, tasks: int, resources: Resources, site: Site, throttle: int | None) -> str:
+    """The batch script."""
+    r = dataclasses.replace(resources, nodes=1, gpus_per_node=0, ranks_per_node=1)
+    if asked.workers is None:
+        asked = dataclasses.replace(asked, workers=r.cpus_per_rank)
+    folder = folder_of(asked.store)
+    array = f"0-{tasks - 1}" + f"%{throttle}" * (throttle is not None)
+    made = script.executor(folder, r, site, _name(asked.store), members=2, array=array)
+    # submitit's own srun is unbuffered, by a terminal: a bar would fill the log.
+    made.parameters |= {
+        "use_srun": False,
+        "setup": [
+            *script.prelude(site),
+            f"[ ! -e {shlex.quote(str(asked.store))} ] || {{ echo 'the store is made, nothing was left to do'; exit 0; }}",
+        ],
+        "teardown": [f"rc=$?; [ $rc = {SET_ASIDE} ] && rc=0 # scans were set aside: its log names them", "exit $rc"],
+    }
+    srun = shlex.join(["srun", f"--output={script.SLURM}/%A_%a.log", "--open-mode=append", *script.srun_words(r, site)])
+    mine = f'--task "$SLURM_ARRAY_TASK_ID/{tasks}"'
+    command = f"{srun} {script.python(site)} -u -m cauc_dist ingest {shlex.join(words(asked))} {mine}"
+    return made._make_submission_file_text(command, "")
+
+
+def words(asked: cauc.Ingest) -> list[str]:
+    """The command line of these options: what is not as it is by default."""
+    metadata = asked.metadata
+    pairs = [(f.name, getattr(metadata, f.name), f.default) for f in dataclasses.fields(metadata)]
+    pairs += [(f.name, getattr(asked, f.name), f.default) for f in dataclasses.fields(asked)]
+    found = [str(asked.source), str(asked.store)]
+    for name, value, default in pairs:
+        if name in ("source", "store", "metadata", "dry_run", "task") or value == default:
+            continue
+        found.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            found += map(str, value) if isinstance(value, tuple) else [str(value)]
+    return found
+
+
+def absolute(asked: cauc.Ingest) -> cauc.Ingest:
+    """The same from anywhere."""
+    m = asked.metadata
+    table, features = (path and path.absolute() for path in (m.table, m.features))
+    return dataclasses.replace(
+        asked,
+        source=asked.source.absolute(),
+        store=asked.store.absolute(),
+        metadata=dataclasses.replace(m, table=table, features=features),
+    )
+
+
+def folder_of(store: Path) -> Path:
+    """Where script and logs are."""
+    return store.with_name(f"{store.name}.ingest")
+
+
+def _name(store: Path) -> str:
+    return script.name_of(f"ingest-{re.sub(r'[^A-Za-z0-9._-]+', '-', store.name)}", store)
+
+
+def _refuse(asked: cauc.Ingest, tasks: int, throttle: int | None) -> None:
+    if tasks < 1:
+        raise BadInput(f"--tasks {tasks}", wanted="1 or more", do="e.g. --tasks 16")
+    if throttle is not None and throttle < 1:
+        raise BadInput(f"--throttle {throttle}", wanted="1 or more at a time", do="e.g. --throttle 4")
+    if asked.task != cauc.Ingest(asked.source, asked.store).task:
+        raise BadInput(f"--task {asked.task}", wanted="--tasks N, of which each takes its own", do="leave --task out")
+    if asked.store.exists():
+        raise BadInput(
+            f"{asked.store} exists already", wanted="a new path", do="name another store, or remove this one first"
+        )
+
+
+def _estimate(asked: cauc.Ingest) -> str:
+    """What `cauc ingest --dry-run` says, and BadInput for what it refuses."""
+    from cauc_dist.store.ingest import estimate
+    from cauc_dist.store.planned import Settings
+
+    settings = Settings(**{field.name: getattr(asked, field.name) for field in dataclasses.fields(Settings)})
+    return str(estimate(asked.source, settings, workers=asked.workers, **dataclasses.asdict(asked.metadata)))
+
+
+def _write(folder: Path, text: str) -> None:
+    """Script and snapshot, anew; earlier logs stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / script.SNAPSHOT, ignore_errors=True)
+    script.snapshot(folder)
+    (folder / script.SLURM).mkdir(exist_ok=True)
+    (folder / SCRIPT).write_text(text, encoding="utf-8")

@@ -1,0 +1,241 @@
+"""slurm/attempt.sh by bash: every verdict, and what becomes of the job, with the fake scontrol, squeue and sbatch."""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from launch.script import ROOT
+from tests.launch.conftest import Slurm
+
+TOOLS = ["bash", "cat", "date", "env", "find", "grep", "ln", "ls", "mkdir", "mv", "paste", "sort", "tail", "uniq", "wc"]
+KILLED = None
+TWO_NODES = {0: "n1", 1: "n1", 2: "n2", 3: "n2"}
+
+
+@dataclass
+class Job:
+    """A job of the fake cluster whose batch script sources slurm/attempt.sh; its run folder is `run`."""
+
+    slurm: Slurm
+    run: Path
+    id: str = "40"
+
+    @property
+    def script(self) -> Path:
+        return self.run.parent / "slurm_script"
+
+    def start(self, exits: Sequence[int | None], rc: int | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+        """One attempt: a rank for each exit code, on the nodes of TWO_NODES; KILLED leaves none."""
+        ranks = "".join(
+            f'echo {TWO_NODES[rank]} > "$CAUC_ATTEMPT/rank-{rank}.host"\n'
+            + (f'echo {code} > "$CAUC_ATTEMPT/rank-{rank}.exit"\n' if code is not KILLED else "")
+            for rank, code in enumerate(exits)
+        )
+        rc = max([137 if code is KILLED else code for code in exits], default=127) if rc is None else rc
+        lines = ["#!/bin/bash", "#SBATCH --job-name=mine", "#SBATCH --nodes=2", "#SBATCH --time=10"]
+        lines += [f". {ROOT}/slurm/attempt.sh", "begin_attempt .", "env > seen", f"{ranks}end_attempt {rc}", ""]
+        self.script.write_text("\n".join(lines))
+        if self.id not in self.slurm.queue or self.slurm.queue[self.id]["state"] == "PENDING":
+            self.slurm.set(self.id, name="mine", state="RUNNING")
+        here = {
+            "PATH": str(self.slurm.bin),
+            "SLURM_JOB_ID": self.id,
+            "SLURM_NTASKS": str(len(exits) or 4),
+            "SLURM_JOB_NUM_NODES": str(len({TWO_NODES[rank] for rank in range(len(exits))}) or 2),
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "SLURM_SUBMIT_DIR": str(self.run),
+            "CAUC_SCRIPT": str(self.script),
+        }
+        return subprocess.run(
+            ["bash", str(self.script)], cwd=self.run, env=here | env, capture_output=True, text=True, timeout=60
+        )
+
+    def end(self) -> list[str]:
+        """The latest verdict."""
+        return sorted(self.run.glob("attempts/*"))[-1].joinpath("end").read_text().splitlines()
+
+    def checkpoint(self, *steps: int) -> None:
+        for step in steps:
+            (self.run / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
+
+
+@pytest.fixture
+def job(slurm: Slurm, tmp_path: Path) -> Job:
+    """PATH holds the fakes and what attempt.sh uses, nothing else: a node without scontrol can be had."""
+    for tool in TOOLS:
+        (slurm.bin / tool).symlink_to(shutil.which(tool) or tool)
+    (tmp_path / "run").mkdir()
+    return Job(slurm, tmp_path / "run")
+
+
+VERDICTS: dict[str, tuple[Sequence[int | None], int | None, dict[str, str], list[str]]] = {
+    "every rank at its end: done": ([0, 0, 0, 0], None, {}, ["done"]),
+    "stopped by a signal: again": ([5, 5, 5, 5], None, {}, ["again stopped none", "requeued"]),
+    "some at their end, some stopped: again": ([0, 0, 5, 5], None, {}, ["again stopped none", "requeued"]),
+    "a rank killed, the others miss it: again": ([6, 6, 6, KILLED], None, {}, ["again crashed none", "requeued"]),
+    "all killed with their node: again": ([KILLED] * 4, 1, {}, ["again crashed none", "requeued"]),
+    "a segmentation fault: again": ([6, 139, 6, 6], None, {}, ["again crashed none", "requeued"]),
+    "bad input, the others miss it: failed": ([6, 6, 2, 6], None, {}, ["failed 2"]),
+    "not finite: failed": ([3, 3, 3, 3], None, {}, ["failed 3"]),
+    "an error: failed": ([6, 6, 1, KILLED], None, {}, ["failed 1"]),
+    "not one rank began: failed": ([], 127, {}, ["failed 127"]),
+    "a code that was not asked for: failed": ([5, 5, 5, 5], None, {"CAUC_REQUEUE_ON": "6 137"}, ["failed 5"]),
+    "killed, which was not asked for: failed": ([6, KILLED, 6, 6], None, {"CAUC_REQUEUE_ON": "5 6"}, ["failed 137"]),
+    "a code of the user's own: again": (
+        [9, 9, 9, 9],
+        None,
+        {"CAUC_REQUEUE_ON": "9"},
+        ["again crashed none", "requeued"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", VERDICTS)
+def test_a_verdict_follows_from_the_ranks_exit_codes(job: Job, case: str) -> None:
+    exits, rc, env, wanted = VERDICTS[case]
+    done = job.start(exits, rc, **env)
+    assert job.end() == wanted, done.stderr
+    assert f"attempt 001: {' '.join(wanted)}" in done.stdout
+    assert done.returncode == (0 if wanted == ["done"] else rc or max(137 if c is KILLED else c for c in exits))
+    requeued = job.slurm.queue[job.id]["state"] == "PENDING"
+    assert requeued == (wanted[-1] == "requeued")
+
+
+def test_a_verdict_names_the_newest_checkpoint(job: Job) -> None:
+    job.checkpoint(3, 20, 100)
+    (job.run / "checkpoints" / ".step-00000999.tmp").mkdir()
+    job.start([5, 5])
+    assert job.end() == ["again stopped step-00000100", "requeued"]
+
+
+def test_a_run_that_launch_cancelled_is_not_tried_again(job: Job) -> None:
+    (job.run / "cancelled").touch()
+    job.start([5, 5])
+    assert job.end() == ["cancelled"]
+    job.start([0, 0])
+    assert job.end() == ["done"]
+
+
+@pytest.mark.parametrize(("left", "wanted"), [("12:00", ["cancelled"]), ("0:00", ["again stopped none", "requeued"])])
+def test_scancel_is_told_from_the_end_of_the_time(job: Job, left: str, wanted: list[str]) -> None:
+    job.slurm.set("40", name="mine", state="COMPLETING", left=left)
+    job.start([5, 5])
+    assert job.end() == wanted
+
+
+def test_the_third_time_without_a_new_checkpoint_is_the_last(job: Job) -> None:
+    job.checkpoint(10)
+    ends = [(job.start([6, 6]), job.end())[1] for _ in range(3)]
+    assert ends[:2] == [["again crashed step-00000010", "requeued"]] * 2
+    assert ends[2] == ["again crashed step-00000010", "given up: 3 times without a new checkpoint"]
+    assert job.slurm.queue["40"]["state"] == "RUNNING"  # not queued again
+
+
+def test_a_new_checkpoint_between_gives_new_tries(job: Job) -> None:
+    for step in (10, 20, 30, 40):
+        job.checkpoint(step)
+        job.start([6, 6], CAUC_MAX_TRIES="2")
+        assert job.end() == [f"again crashed step-{step:08}", "requeued"]
+    job.start([6, 6], CAUC_MAX_TRIES="2")
+    assert job.end()[1] == "given up: 2 times without a new checkpoint"
+
+
+def test_a_resumed_run_has_its_tries_anew(job: Job) -> None:
+    (job.run / "jobs.jsonl").write_text("{}\n")
+    for _ in range(2):
+        time.sleep(0.02)
+        job.start([6, 6], CAUC_MAX_TRIES="2")
+    assert job.end()[1].startswith("given up")
+    time.sleep(0.02)
+    (job.run / "jobs.jsonl").write_text("{}\n{}\n")  # `launch resume`
+    time.sleep(0.02)
+    job.start([6, 6], CAUC_MAX_TRIES="2")
+    assert job.end()[1] == "requeued"
+
+
+@pytest.mark.parametrize(
+    ("exits", "wanted"), [([6, 6, KILLED, 6], "n2\n"), ([6, 6, KILLED, KILLED], "n2\n"), ([KILLED, 6, KILLED, 6], "")]
+)
+def test_the_host_of_a_killed_rank_is_suspected_unless_all_are(job: Job, exits: list[int | None], wanted: str) -> None:
+    job.start(exits)
+    assert (job.run / "attempts" / "001" / "suspects").read_text() == wanted
+
+
+def test_a_host_that_was_suspected_twice_is_left_out_of_a_new_job(job: Job) -> None:
+    (job.run / "slurm").mkdir()
+    (job.run / "slurm" / "40_submitted.pkl").write_text("pickle")
+    job.start([6, 6, 6, KILLED])
+    assert job.end() == ["again crashed none", "requeued"]
+    job.start([6, 6, KILLED, 6])
+    (new,) = set(job.slurm.queue) - {"40"}
+    assert job.end() == ["again crashed none", f"resubmitted as {new} without n2"]
+    asked = job.slurm.queue[new]["asked"]
+    assert (asked["exclude"], asked["dependency"]) == ("n2", "afterany:40")
+    assert job.slurm.queue[new]["script"] == job.script.read_text()
+    assert job.slurm.queue[new]["cwd"] == str(job.run)
+    assert (job.run / "resubmitted").read_text() == f"{new}\n"
+    assert (job.run / "slurm" / f"{new}_submitted.pkl").read_text() == "pickle"
+
+
+def test_where_scontrol_is_missing_or_fails_a_new_job_waits_for_this_one(job: Job) -> None:
+    job.slurm.breaks("scontrol", "slurm_update error: Access/permission denied")
+    job.start([5, 5])
+    assert job.end() == ["again stopped none", "resubmitted as 41"]
+    (job.slurm.bin / "scontrol").unlink()
+    job.start([5, 5])
+    assert job.end()[1] == "resubmitted as 42"
+    assert job.slurm.queue["42"]["asked"]["dependency"] == "afterany:40"
+    assert "exclude" not in job.slurm.queue["42"]["asked"]
+    assert (job.run / "resubmitted").read_text() == "41\n42\n"
+
+
+def test_where_sbatch_fails_too_it_says_so(job: Job) -> None:
+    (job.slurm.bin / "scontrol").unlink()
+    job.slurm.breaks("sbatch", "sbatch: error: Access/permission denied")
+    job.start([5, 5])
+    assert job.end() == ["again stopped none", "given up: neither scontrol nor sbatch works here"]
+
+
+def test_a_task_of_an_array_is_resubmitted_as_that_task_alone(job: Job) -> None:
+    (job.slurm.bin / "scontrol").unlink()
+    job.start([5, 5], SLURM_ARRAY_JOB_ID="39", SLURM_ARRAY_TASK_ID="3")
+    assert (job.run / "attempts" / "001" / "job").read_text().startswith("id=39_3\n")
+    (new,) = set(job.slurm.queue) - {"40"}
+    assert job.slurm.queue[new]["asked"]["array"] == "3"
+    assert job.slurm.queue[new]["asked"]["dependency"] == "afterany:39_3"
+    assert job.end()[1] == f"resubmitted as {new}"
+
+
+def test_a_new_job_inherits_nothing_of_the_old_one(job: Job) -> None:
+    (job.slurm.bin / "scontrol").unlink()
+    job.start([5, 5], SLURM_CONF="/etc/slurm.conf", SBATCH_PARTITION="main", PMIX_RANK="0", CAUC_KEPT="yes")
+    (call,) = job.slurm.calls("sbatch")
+    names = {name for name in call["env"] if name.startswith(("SLURM", "SBATCH", "PMI", "CAUC"))}
+    assert names == {"SLURM_CONF", "CAUC_KEPT", "CAUC_SCRIPT"}
+
+
+def test_the_variables_of_other_launchers_do_not_reach_the_ranks(job: Job) -> None:
+    others = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}
+    job.start([0, 0], **others)
+    seen = dict(line.partition("=")[::2] for line in (job.run / "seen").read_text().splitlines() if "=" in line)
+    assert not set(others) & set(seen)
+    assert seen["CAUC_ATTEMPT"] == "attempts/001"
+    assert seen["SLURM_JOB_ID"] == job.id
+
+
+def test_a_run_folder_that_is_not_there_ends_the_job(job: Job) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f". {ROOT}/slurm/attempt.sh; begin_attempt nowhere; echo went on"],
+        cwd=job.run,
+        env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "went on" not in done.stdout
