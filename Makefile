@@ -18,7 +18,7 @@ test: $(READY) $(VENV)/triton  ## the whole test suite
 # What a cluster of slurm/cluster needs; installed where that may be, else pytest and the demo say what is missing.
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core iproute2 util-linux
 SLURM_PROGRAMS := slurmctld slurmd sinfo munged slurmdbd mariadbd tc unshare
-GET_SLURM = for program in $(SLURM_PROGRAMS); do \
+GET_SLURM = missing=; for program in $(SLURM_PROGRAMS); do \
 	  PATH="$$PATH:/usr/sbin:/sbin" command -v $$program > /dev/null || missing="$$missing $$program"; done; \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); fi

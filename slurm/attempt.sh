@@ -78,8 +78,10 @@ end_attempt() {
 
 # stopped, crashed or failed CODE, from srun's exit code and the ranks' own.
 _kind() {
-  local rc=$1 codes=$2 again=" ${CAUC_REQUEUE_ON:-5 6 134 135 137 139} " code kind=stopped
-  if ! ls attempts/*/rank-*.host > /dev/null 2>&1; then
+  local rc=$1 codes=$2 again=" ${CAUC_REQUEUE_ON:-5 6 134 135 137 139} " code kind=stopped early=""
+  # SIGUSR2 or SIGTERM, before Python listened to them.
+  [ "$rc" = 140 ] || [ "$rc" = 143 ] && early=1
+  if [ -z "$early" ] && ! ls attempts/*/rank-*.host > /dev/null 2>&1; then
     echo "failed $rc" # not one rank ever began: the command itself is wrong
     return
   fi
@@ -92,7 +94,7 @@ _kind() {
     [ "$code" = 5 ] || kind=crashed
   done
   # A rank without an exit code was killed; by which signal, srun's code says.
-  if [ "$(wc -w <<< "$codes")" != "$SLURM_NTASKS" ]; then
+  if [ -z "$early" ] && [ "$(wc -w <<< "$codes")" != "$SLURM_NTASKS" ]; then
     kind=crashed
     [ "$rc" -gt 128 ] && [ "${again#* "$rc" }" = "$again" ] && kind="failed $rc"
   fi
@@ -110,7 +112,7 @@ _times() {
 _suspects() {
   local rank
   for rank in "$CAUC_ATTEMPT"/rank-*.host; do
-    [ -e "${rank%.host}.exit" ] || cat "$rank"
+    [ -e "${rank%.host}.exit" ] || cat "$rank" 2> /dev/null # where none began, the pattern itself
   done | sort -u > "$CAUC_ATTEMPT/suspects"
   if [ "$(wc -l < "$CAUC_ATTEMPT/suspects")" = "$SLURM_JOB_NUM_NODES" ] && [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     : > "$CAUC_ATTEMPT/suspects"

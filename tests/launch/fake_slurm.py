@@ -118,6 +118,9 @@ def squeue() -> None:
         if wanted in (None, id):
             values = {"i": id, "j": job["name"], "T": job["state"], "r": job["reason"], "N": job["nodes"], "S": "N/A"}
             values["L"] = job.get("left", "30:00")
+            if "-O" in ARGUMENTS:  # RestartCnt
+                print(job.get("restarts", "0"))
+                continue
             form = ARGUMENTS[ARGUMENTS.index("-o") + 1]
             print("".join(values[part[0]] + part[1:] for part in form.split("%")[1:]))
 

@@ -38,7 +38,13 @@ class Job:
             for rank, code in enumerate(exits)
         )
         rc = max([137 if code is KILLED else code for code in exits], default=127) if rc is None else rc
-        lines = ["#!/bin/bash", "#SBATCH --job-name=mine", "#SBATCH --nodes=2", "#SBATCH --time=10"]
+        lines = [
+            "#!/bin/bash",
+            "#SBATCH --job-name=mine",
+            "#SBATCH --nodes=2",
+            "#SBATCH --time=10",
+            "#SBATCH --exclude=n[7-8]",
+        ]
         lines += [f". {ROOT}/slurm/attempt.sh", "begin_attempt .", "env > seen", f"{ranks}end_attempt {rc}", ""]
         self.script.write_text("\n".join(lines))
         if self.id not in self.slurm.queue or self.slurm.queue[self.id]["state"] == "PENDING":
@@ -85,6 +91,8 @@ VERDICTS: dict[str, tuple[Sequence[int | None], int | None, dict[str, str], list
     "not finite: failed": ([3, 3, 3, 3], None, {}, ["failed 3"]),
     "an error: failed": ([6, 6, 1, KILLED], None, {}, ["failed 1"]),
     "not one rank began: failed": ([], 127, {}, ["failed 127"]),
+    "told before Python listened: again": ([], 140, {}, ["again stopped none", "requeued"]),
+    "told before one rank listened: again": ([6, 6, KILLED, 6], 143, {}, ["again crashed none", "requeued"]),
     "a code that was not asked for: failed": ([5, 5, 5, 5], None, {"CAUC_REQUEUE_ON": "6 137"}, ["failed 5"]),
     "killed, which was not asked for: failed": ([6, KILLED, 6, 6], None, {"CAUC_REQUEUE_ON": "5 6"}, ["failed 137"]),
     "a code of the user's own: again": (
@@ -127,6 +135,39 @@ def test_scancel_is_told_from_the_end_of_the_time(job: Job, left: str, wanted: l
     job.slurm.set("40", name="mine", state="COMPLETING", left=left)
     job.start([5, 5])
     assert job.end() == wanted
+
+
+@pytest.mark.parametrize("exits", [[5, 5], [KILLED, KILLED]])
+def test_a_job_that_slurm_has_requeued_itself_is_neither_cancelled_nor_queued_twice(
+    job: Job, exits: list[int | None]
+) -> None:
+    """A preemption without grace time, a lost node: COMPLETING as after scancel, with one more restart."""
+    job.slurm.set("40", name="mine", state="COMPLETING", left="12:00", restarts="1")
+    for _ in range(4):  # SLURM goes on with it, however often: nothing is given up
+        job.start(exits)
+        assert job.end()[1] == "requeued by SLURM itself"
+    assert job.slurm.calls("scontrol", "sbatch") == []
+    job.slurm.set("40", restarts="1")
+    job.start([5, 5], SLURM_RESTART_COUNT="1")
+    assert job.end() == ["cancelled"]
+
+
+def test_an_attempt_that_a_later_one_has_followed_decides_nothing(job: Job) -> None:
+    """Its node was cut off; heard again, it would requeue the job that runs elsewhere meanwhile."""
+    text = f". {ROOT}/slurm/attempt.sh; begin_attempt .; mkdir attempts/002; end_attempt 6"
+    here = {"PATH": str(job.slurm.bin), "SLURM_JOB_ID": "40", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    done = subprocess.run(["bash", "-c", text], cwd=job.run, env=here, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 6
+    assert done.stdout == "attempt 001: SLURM has started the job elsewhere meanwhile\n"
+    assert not list(job.run.glob("attempts/*/end"))
+    assert job.slurm.calls("scontrol", "sbatch", "squeue") == []
+
+
+def test_where_ranks_have_begun_before_a_start_without_any_is_a_crash(job: Job) -> None:
+    """The command is right, then: it was a node that could not start them."""
+    job.start([5, 5])
+    job.start([], 1)
+    assert job.end() == ["again crashed none", "requeued"]
 
 
 def test_the_third_time_without_a_new_checkpoint_is_the_last(job: Job) -> None:
@@ -176,11 +217,32 @@ def test_a_host_that_was_suspected_twice_is_left_out_of_a_new_job(job: Job) -> N
     (new,) = set(job.slurm.queue) - {"40"}
     assert job.end() == ["again crashed none", f"resubmitted as {new} without n2"]
     asked = job.slurm.queue[new]["asked"]
-    assert (asked["exclude"], asked["dependency"]) == ("n2", "afterany:40")
+    assert (asked["exclude"], asked["dependency"]) == ("n2,n[7-8]", "afterany:40")
     assert job.slurm.queue[new]["script"] == job.script.read_text()
     assert job.slurm.queue[new]["cwd"] == str(job.run)
     assert (job.run / "resubmitted").read_text() == f"{new}\n"
     assert (job.run / "slurm" / f"{new}_submitted.pkl").read_text() == "pickle"
+
+
+def test_where_no_other_nodes_are_left_the_bad_one_is_tried_again(job: Job) -> None:
+    job.slurm.breaks(
+        "sbatch", "sbatch: error: Batch job submission failed: Requested node configuration is not available"
+    )
+    for _ in range(2):
+        job.start([6, 6, 6, KILLED])
+    assert job.end() == ["again crashed none", "requeued"]
+    assert len(job.slurm.calls("sbatch")) == 1
+    assert not (job.run / "resubmitted").exists()
+
+
+def test_a_task_of_an_array_is_requeued_alone(job: Job) -> None:
+    """SLURM_JOB_ID of one of them is the array's, which scontrol takes for all."""
+    job.slurm.set("40_0", name="mine", state="RUNNING")
+    job.slurm.set("40_3", name="mine", state="RUNNING")
+    job.start([5, 5], SLURM_ARRAY_JOB_ID="40", SLURM_ARRAY_TASK_ID="3")
+    assert job.end() == ["again stopped none", "requeued"]
+    (call,) = job.slurm.calls("scontrol")
+    assert call["arguments"] == ["requeue", "40_3"]
 
 
 def test_where_scontrol_is_missing_or_fails_a_new_job_waits_for_this_one(job: Job) -> None:
@@ -191,7 +253,7 @@ def test_where_scontrol_is_missing_or_fails_a_new_job_waits_for_this_one(job: Jo
     job.start([5, 5])
     assert job.end()[1] == "resubmitted as 42"
     assert job.slurm.queue["42"]["asked"]["dependency"] == "afterany:40"
-    assert "exclude" not in job.slurm.queue["42"]["asked"]
+    assert job.slurm.queue["42"]["asked"]["exclude"] == "n[7-8]"  # the user's own, of the script
     assert (job.run / "resubmitted").read_text() == "41\n42\n"
 
 

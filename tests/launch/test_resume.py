@@ -170,6 +170,14 @@ def test_damaged_checkpoints_are_refused_before_a_job_waits_for_hours(slurm: Slu
     assert "42" not in slurm.queue
 
 
+def test_another_store_than_it_began_with_is_refused(slurm: Slurm, run: Path, launch: Launch) -> None:
+    path = run / "provenance.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "0" * 64}))
+    done = launch("resume", run)
+    assert (done.code, "wanted 000000000000, with which" in done.err) == (2, True)
+    assert "42" not in slurm.queue
+
+
 def test_more_ranks_than_subjects_in_a_batch_are_refused(slurm: Slurm, run: Path, launch: Launch) -> None:
     done = launch("resume", run, "--nodes", "4", "--ranks-per-node", "2")
     assert (done.code, "batch_size 6" in done.err) == (2, True)

@@ -225,8 +225,8 @@ class Run:
         )
 
     def _queued(self) -> bool:
-        listed = self.cluster.run("squeue", "-h", "-r", "-o", "%i").split()  # -r: N_K of waiting tasks, not N_[K]
-        return any(id in listed for id in self.ids)
+        listed = self.cluster.run("squeue", "-h", "-r", "-o", "%i", check=False)  # -r: N_K of waiting tasks, not N_[K]
+        return "error:" in listed or any(id in listed.split() for id in self.ids)  # a busy slurmctld gives no answer
 
     def nodes(self) -> list[str]:
         """Where its job runs, the batch script's first; [] where it does not."""

@@ -11,6 +11,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 
 from cauc_dist import checkpoint, journal
+from tests.faults import FULL
 from tests.slurm.conftest import ROOT, SCRIPT, Cluster, Run, wait_for
 
 LONG = ("--epochs", "40", "--checkpoint.every-epochs", "10")
@@ -195,6 +197,27 @@ def test_a_run_whose_node_loses_its_link_finishes_on_others(lost: Lost, whole: d
 def test_a_run_whose_first_node_is_powered_off_finishes_on_others(lost: Lost, whole: dict[int, float]) -> None:
     lost_a_node(lost.off, lost.nodes["off"][0], lost.looks[lost.off.folder], whole)
     assert lost.off.hosts(0)[0] == lost.nodes["off"][0], "rank 0 was not on the node that was powered off"
+
+
+@pytest.mark.skipif(not FULL, reason="two minutes, most of it waiting: `make faults` runs it")
+def test_a_run_whose_first_node_is_cut_off_waits_for_the_rank_that_lives_on_there_with_its_lock(
+    cluster: Cluster, whole: dict[int, float]
+) -> None:
+    run = cluster.submit("orphan", *LONG, "--engine.timeout-minutes", "1.2", **TWO)
+    run.at_step(1)
+    rate(cluster, "20mbit")
+    run.at_step(35)
+    cluster.cut(run.nodes()[0])
+    cut = time.time()
+    with watched(run) as looks:
+        wait_for(lambda: len(run.attempts()) == 2, 120, run.told)
+        rate(cluster, "none")
+        run.wait(180)
+    assert run.verdicts() == ["", "done"]
+    began = int(dict(line.split("=") for line in (run.attempts()[1] / "job").read_text().split())["began"])
+    (resumed,) = run.events("resume")
+    assert began < cut + 72 < resumed["time"], "it had nothing to wait for"
+    lost_a_node(run, run.hosts(0)[0], looks[run.folder], whole)
 
 
 def test_a_node_on_which_a_rank_was_killed_twice_is_left_out_and_so_are_the_users(
