@@ -17,6 +17,7 @@ from launch.site import Resources, Site
 from launch.submit import Say
 
 SCRIPT = "script.sh"
+LATE = "the store is made, nothing was left to do"
 
 
 def ingest(
@@ -78,7 +79,7 @@ def batch(asked: cauc.Ingest, tasks: int, resources: Resources, site: Site, thro
         "use_srun": False,
         "setup": [
             *script.prelude(site),
-            f"[ ! -e {shlex.quote(str(asked.store))} ] || {{ echo 'the store is made, nothing was left to do'; exit 0; }}",
+            f"if [ -e {shlex.quote(str(asked.store))} ]; then echo {LATE}; exit 0; fi",
         ],
         "teardown": [f"rc=$?; [ $rc = {SET_ASIDE} ] && rc=0 # scans were set aside: its log names them", "exit $rc"],
     }

@@ -92,7 +92,7 @@ class Site:
     shared: tuple[str, ...] = ()
     """Folders that every node sees; run folders and stores must lie in one of them. (): not checked."""
     python: str | None = None
-    """Interpreter of the jobs, with cauc-dist's dependencies; default: the one that submits."""
+    """Interpreter of the jobs, with the dependencies; default: the one that submits; in a container, `python`."""
     modules: tuple[str, ...] = ()
     """`module load` each, after `module purge`."""
     setup: tuple[str, ...] = ()
