@@ -32,7 +32,7 @@ cluster-demo: $(READY)  ## a training on a SLURM cluster on this machine, as roo
 	$(BIN)/python slurm/cluster/demo.py
 
 faults: $(READY)  ## killed, full, damaged, twice at once: as the tests, many times each; results in benchmarks/results
-	CAUC_FAULTS=full $(BIN)/python -m pytest tests/test_faults*.py
+	CAUC_FAULTS=full $(BIN)/python -m pytest tests/test_faults*.py tests/slurm/test_cluster_faults.py
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

@@ -81,6 +81,8 @@ class Submit:
     """A TOML file, or the name of one in launch/sites."""
     dry_run: bool = False
     """Print the batch script, byte for byte, and how the batch falls on the ranks; write nothing."""
+    test_only: bool = False
+    """Check everything and ask SLURM when the job would start; queue nothing, and leave nothing behind."""
 
 
 def _submit(arguments: Sequence[str]) -> int:
@@ -89,7 +91,8 @@ def _submit(arguments: Sequence[str]) -> int:
     asked = _parse(Submit, "submit", options, default)
     from launch.submit import submit
 
-    submit(asked.config, asked.resources, sites.read(asked.site), say=cauc._say, dry_run=asked.dry_run)
+    how = {"dry_run": asked.dry_run, "test_only": asked.test_only}
+    submit(asked.config, asked.resources, sites.read(asked.site), say=cauc._say, **how)
     return 0
 
 

@@ -28,11 +28,14 @@ LOCAL = ("tmpfs", "ramfs", "overlay", "squashfs")
 Say = Callable[[str], None]
 
 
-def submit(run: RunConfig, resources: Resources, site: Site, *, say: Say, dry_run: bool = False) -> Path:
+def submit(
+    run: RunConfig, resources: Resources, site: Site, *, say: Say, dry_run: bool = False, test_only: bool = False
+) -> Path:
     """Check, write the run folder, queue its job; the folder.
 
-    `dry_run` says the batch script and the plan of the batch instead, and writes nothing. Raises BadInput for what
-    cannot be a run, and what SLURM refuses; the folder then does not exist.
+    `dry_run` says the batch script and the plan of the batch instead, and writes nothing. `test_only` checks all,
+    asks SLURM, and leaves no folder. Raises BadInput for what cannot be a run, and what SLURM refuses; the folder then
+    does not exist.
     """
     folder = run.folder.absolute()
     run = dataclasses.replace(run, run=folder)
@@ -56,6 +59,9 @@ def submit(run: RunConfig, resources: Resources, site: Site, *, say: Say, dry_ru
         say(plan(run, resources))
         made = script.executor(folder, resources, site, name)
         say(asked(script.text(made), folder, site, came_up))
+        if test_only:
+            shutil.rmtree(folder)
+            return folder
         (id,) = queue(made, folder, site, [folder])
         record(folder, id=id, name=name)
     except BaseException:
@@ -91,8 +97,9 @@ def asked(text: str, folder: Path, site: Site, came_up: float) -> str:
         file.write(text)
         file.flush()
         said = slurm.call("sbatch", "--test-only", file.name, cwd=folder, env=slurm.environment(site.keep))
-    found = re.search(r"to start at (\S+)", said)
-    when = found[1] if found else "a time that it does not say"
+    found = re.search(r"to start at (\d+)(\S+)", said)
+    far = found is None or int(found[1]) > time.localtime().tm_year + 1  # SLURM's word for never
+    when = "a time that it does not know yet" if far or found is None else found[1] + found[2]
     return f"SLURM would start it at {when}; the first step follows imports and checks, {came_up:.0f} s here"
 
 

@@ -73,7 +73,7 @@ class Slurm:
         (self.state / f"broken-{command}").write_text(words)
 
     def has(self, what: str, words: str = "") -> None:
-        """full, stuck, asks, no-accounting, returns (as which id): see fake_slurm.py."""
+        """full, never, stuck, asks, no-accounting, returns (as which id): see fake_slurm.py."""
         (self.state / what).write_text(words)
 
     def calls(self, *commands: str) -> list[dict[str, Any]]:

@@ -83,7 +83,8 @@ def sbatch() -> None:
     cluster = load()
     id = str(cluster["next"])
     if test:
-        end(f"sbatch: Job {id} to start at 2026-11-24T23:46:08 using 1 processors on nodes n1 in partition main", 0)
+        when = "3047-03-26T14:12:46" if (STATE / "never").exists() else "2026-11-24T23:46:08"
+        end(f"sbatch: Job {id} to start at {when} using 1 processors on nodes n1 in partition main", 0)
     cluster["next"] += 1
     array = [*expand(o["array"].partition("%")[0])] if "array" in o else [None]
     for task in array:

@@ -41,6 +41,25 @@ def test_a_dry_run_shows_the_very_script_that_is_then_queued(slurm: Slurm, submi
     assert "SLURM would start it at 2026-11-24T23:46:08" in wet.out
 
 
+@pytest.mark.parametrize("never", [False, True])
+def test_test_only_asks_slurm_queues_nothing_and_leaves_nothing(
+    slurm: Slurm, submit: Launch, tmp_path: Path, never: bool
+) -> None:
+    """The year 3047 is SLURM's word for a job that it cannot place, though it would take it."""
+    if never:
+        slurm.has("never")
+    done = submit("--run", tmp_path / "run", "--test-only")
+    assert done.code == 0, done.err
+    when = "a time that it does not know yet" if never else "2026-11-24T23:46:08"
+    assert f"SLURM would start it at {when}; the first step" in done.out
+    assert "job" not in done.out.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+    assert "41" not in slurm.queue
+    refused = submit("--run", tmp_path / "run", "--test-only", "--partition", "mian")
+    assert refused.code == 2
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_folder_says_what_was_asked_for(slurm: Slurm, submit: Launch, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = submit("--run", run, "--name", "mine", "--nodes", "3", "--signal-seconds", "60")

@@ -199,25 +199,26 @@ def test_a_run_whose_first_node_is_powered_off_finishes_on_others(lost: Lost, wh
     assert lost.off.hosts(0)[0] == lost.nodes["off"][0], "rank 0 was not on the node that was powered off"
 
 
-@pytest.mark.skipif(not FULL, reason="two minutes, most of it waiting: `make faults` runs it")
-def test_a_run_whose_first_node_is_cut_off_waits_for_the_rank_that_lives_on_there_with_its_lock(
-    cluster: Cluster, whole: dict[int, float]
-) -> None:
-    run = cluster.submit("orphan", *LONG, "--engine.timeout-minutes", "1.2", **TWO)
-    run.at_step(1)
-    rate(cluster, "20mbit")
-    run.at_step(35)
-    cluster.cut(run.nodes()[0])
-    cut = time.time()
-    with watched(run) as looks:
-        wait_for(lambda: len(run.attempts()) == 2, 120, run.told)
-        rate(cluster, "none")
-        run.wait(180)
-    assert run.verdicts() == ["", "done"]
-    began = int(dict(line.split("=") for line in (run.attempts()[1] / "job").read_text().split())["began"])
-    (resumed,) = run.events("resume")
-    assert began < cut + 72 < resumed["time"], "it had nothing to wait for"
-    lost_a_node(run, run.hosts(0)[0], looks[run.folder], whole)
+if FULL:  # two minutes, most of it waiting: `make faults` runs it
+
+    def test_a_run_whose_first_node_is_cut_off_waits_for_the_rank_that_lives_on_there_with_its_lock(
+        cluster: Cluster, whole: dict[int, float]
+    ) -> None:
+        run = cluster.submit("orphan", *LONG, "--engine.timeout-minutes", "1.2", **TWO)
+        run.at_step(1)
+        rate(cluster, "20mbit")
+        run.at_step(35)
+        cluster.cut(run.nodes()[0])
+        cut = time.time()
+        with watched(run) as looks:
+            wait_for(lambda: len(run.attempts()) == 2, 120, run.told)
+            rate(cluster, "none")
+            run.wait(180)
+        assert run.verdicts() == ["", "done"]
+        began = int(dict(line.split("=") for line in (run.attempts()[1] / "job").read_text().split())["began"])
+        (resumed,) = run.events("resume")
+        assert began < cut + 72 < resumed["time"], "it had nothing to wait for"
+        lost_a_node(run, run.hosts(0)[0], looks[run.folder], whole)
 
 
 def test_a_node_on_which_a_rank_was_killed_twice_is_left_out_and_so_are_the_users(
