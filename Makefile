@@ -12,7 +12,7 @@ demo: $(READY)  ## the whole chain on a synthetic cohort, about three minutes
 
 # Tests on the real cluster have the machine to themselves: they wait for what takes seconds.
 test: $(READY) $(VENV)/triton  ## the whole test suite
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 -m "not slurm"
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slurm"
 	$(BIN)/python -m pytest -m slurm
 
 # What a cluster of slurm/cluster needs; installed where that may be, else pytest and the demo say what is missing.

@@ -526,9 +526,10 @@ def _be_a_rank(world: "World", ready: Ready) -> int:
 
 
 def _train_here(folder: str) -> int:
+    from cauc_dist.job import again
     from cauc_dist.train import main
 
-    return main(folder)
+    return main(folder, again=again())
 
 
 def _checked(world: "World", ready: Ready) -> tuple[int, str]:

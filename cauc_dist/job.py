@@ -3,6 +3,7 @@
 Imports no torch before a signal can be kept: SLURM may send one as soon as the job has begun.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -59,17 +60,23 @@ def work(run: str) -> int:
     try:
         from cauc_dist.train import main
 
-        code = main(run, heard[-1] if heard else 0, again=Path(os.environ.get(ATTEMPT, FIRST)).name != FIRST)
+        code = main(run, heard[-1] if heard else 0, again=again())
     except Exception:
         traceback.print_exc()
     _note("exit", str(code))
     return code
 
 
+def again() -> bool:
+    """Whether this is a later start of a job: an earlier one may live on, on a node that was cut off."""
+    return Path(os.environ.get(ATTEMPT, FIRST)).name != FIRST
+
+
 def _note(what: str, text: str) -> None:
     if ATTEMPT in os.environ:
         path = Path(os.environ[ATTEMPT]) / f"rank-{os.environ['SLURM_PROCID']}.{what}"
-        path.write_text(text + "\n", encoding="utf-8")
+        with contextlib.suppress(OSError):  # a full disk: the exit code stays what it is, and attempt.sh sees no text
+            path.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

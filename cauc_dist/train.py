@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -408,7 +409,13 @@ def _main(folder: str, stop: Stop, again: bool) -> int:
                     raise
                 missing = world.missing()
                 if not missing and not world.failed:
-                    raise
+                    if world.world_size == 1:
+                        raise
+                    traceback.print_exc()
+                    print(
+                        f"error: every rank is there, and they do not reach each other. {_goes_on(folder)}",
+                        file=sys.stderr,
+                    )
                 if missing and world.rank == min(set(range(world.world_size)) - {*missing, *world.failed}):
                     print(f"error: {_gone(world, missing, folder)}", file=sys.stderr)
                 return LOST  # of one that has failed, there is nothing to add to its own words

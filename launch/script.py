@@ -116,6 +116,7 @@ def _parameters(folder: Path, resources: Resources, site: Site, name: str, membe
     log = "%A_%a" if members > 1 else "%j"
     others = {
         "time": r.time,
+        "signal": f"USR2@{r.signal_seconds}",  # submitit's has another name where SUBMITIT_PREEMPT_SIGNAL is set
         "requeue": True,
         "export": "ALL",
         "output": f"{SLURM}/{log}.log",

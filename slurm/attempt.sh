@@ -17,17 +17,26 @@
 # times without a new checkpoint between. CAUC_REQUEUE_ON: exit codes that are tried again (5 stopped by a signal, 6 a peer
 # is gone, 134 abort, 135 bus error, 137 killed, 139 segmentation fault).
 
+# Variables of other launchers, from a login shell or the job that submitted this one, would win over SLURM's.
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE NODE_RANK GROUP_RANK ROLE_RANK MASTER_ADDR MASTER_PORT
+unset TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_RESTART_COUNT TORCHELASTIC_RUN_ID
+
 begin_attempt() {
   cd -- "$1" || exit 2
   trap : TERM INT USR1 USR2 # bash outlives srun, and the ranks hear them all the same
-  # Variables of other launchers, from a login shell or the job that submitted this one, would win over SLURM's.
-  unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE NODE_RANK GROUP_RANK ROLE_RANK MASTER_ADDR MASTER_PORT
-  unset TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_RESTART_COUNT TORCHELASTIC_RUN_ID
-  local n=1
-  mkdir -p attempts
-  until mkdir "attempts/$(printf %03d $n)" 2> /dev/null; do n=$((n + 1)); done
-  CAUC_ATTEMPT=attempts/$(printf %03d $n)
-  export CAUC_ATTEMPT
+  local n=1 folder
+  mkdir -p attempts || exit 2
+  while true; do
+    folder=attempts/$(printf %03d $n)
+    mkdir "$folder" 2> /dev/null && break
+    if [ ! -e "$folder" ]; then
+      echo "error: $PWD/$folder cannot be made; wanted room, and the right to write. Free space, then launch resume." >&2
+      exit 2
+    fi
+    n=$((n + 1))
+  done
+  export CAUC_ATTEMPT=$folder
+  CAUC_BEGAN_AT=$(_checkpoint)
   # glibc maps and unmaps every activation anew: a third of a step's time on CPUs.
   export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1099511627776}"
   {
@@ -40,14 +49,13 @@ begin_attempt() {
 }
 
 end_attempt() {
-  local rc=$1 codes checkpoint verdict how
+  local rc=$1 codes checkpoint verdict tries
   if _is_superseded; then
     echo "attempt ${CAUC_ATTEMPT#*/}: SLURM has started the job elsewhere meanwhile"
     exit "$rc"
   fi
   codes=$(cat "$CAUC_ATTEMPT"/rank-*.exit 2> /dev/null)
-  checkpoint=$(find checkpoints -maxdepth 1 -name 'step-*' 2> /dev/null | sort | tail -n 1)
-  checkpoint=${checkpoint##*/}
+  checkpoint=$(_checkpoint)
   if [ "$(grep -cx 0 <<< "$codes")" = "$SLURM_NTASKS" ]; then
     _verdict "done"
     exit 0
@@ -61,19 +69,27 @@ end_attempt() {
     _verdict "$verdict"
     exit "$rc"
   fi
-  verdict="again $verdict ${checkpoint:-none}"
-  _suspects
+  verdict="again $verdict $checkpoint"
   if _is_requeued; then
-    _verdict "$verdict" "requeued by SLURM itself"
+    _verdict "$verdict" "requeued by SLURM itself" # preempted, or a node was lost: nobody's fault
     exit "$rc"
   fi
-  if [ "$(_times "$verdict")" -ge $((${CAUC_MAX_TRIES:-3} - 1)) ]; then
-    how="given up: ${CAUC_MAX_TRIES:-3} times without a new checkpoint"
-    _verdict "$verdict" "$how"
+  _suspects
+  tries=$(($(_times "$verdict") + 1))
+  if [ "$checkpoint" = "$CAUC_BEGAN_AT" ] && [ "$tries" -ge "${CAUC_MAX_TRIES:-3}" ]; then
+    _verdict "$verdict" "given up: $tries times without a new checkpoint"
     exit "$rc"
   fi
   _again "$verdict"
   exit "$rc"
+}
+
+# The newest checkpoint, or none.
+_checkpoint() {
+  local newest
+  newest=$(find checkpoints -maxdepth 1 -name 'step-*' 2> /dev/null | sort | tail -n 1)
+  newest=${newest##*/}
+  echo "${newest:-none}"
 }
 
 # stopped, crashed or failed CODE, from srun's exit code and the ranks' own.
@@ -83,6 +99,10 @@ _kind() {
   [ "$rc" = 140 ] || [ "$rc" = 143 ] && early=1
   if [ -z "$early" ] && ! ls attempts/*/rank-*.host > /dev/null 2>&1; then
     echo "failed $rc" # not one rank ever began: the command itself is wrong
+    return
+  fi
+  if [ -n "$(find "$CAUC_ATTEMPT" -name 'rank-*.exit' -empty)" ]; then
+    echo "failed $rc" # a full disk took its text
     return
   fi
   for code in $codes; do
@@ -103,9 +123,12 @@ _kind() {
 
 # How often that was the verdict, since launch queued the run last: `launch resume` begins to count anew.
 _times() {
-  local since=()
+  local end since=() times=0
   [ -e jobs.jsonl ] && since=(-newer jobs.jsonl)
-  find attempts -name end "${since[@]}" -exec cat {} + | grep -cxF "$1"
+  while read -r end; do
+    if grep -qxF "$1" "$end" && ! grep -q "SLURM itself" "$end"; then times=$((times + 1)); fi
+  done < <(find attempts -name end "${since[@]}")
+  echo "$times"
 }
 
 # Hosts on which a rank was killed, unless that is every host.
@@ -119,8 +142,12 @@ _suspects() {
   fi
 }
 
-# Hosts that were suspected twice.
-_bad_nodes() { cat attempts/*/suspects 2> /dev/null | sort | uniq -d | paste -sd, -; }
+# Hosts that were suspected twice; nothing where this attempt had none of them.
+_bad_nodes() {
+  local bad
+  bad=$(cat attempts/*/suspects 2> /dev/null | sort | uniq -d)
+  if [ -n "$bad" ] && cat "$CAUC_ATTEMPT"/rank-*.host | grep -qxF "$bad"; then paste -sd, - <<< "$bad"; fi
+}
 
 # The job once more: by requeueing, which keeps its id; where it cannot be, or nodes are to be left out, as a new job.
 _again() {
@@ -140,7 +167,9 @@ _resubmit() {
   local verdict=$1 bad=$2 script=${CAUC_SCRIPT:-$0} before id without
   before=$(_job_id)
   without=$(grep '^#SBATCH --exclude=' "$script" | tail -n 1) # the user's, which the option would replace
-  without=${bad:+$bad${without:+,${without#*=}}}
+  without=${without#*=}
+  without=${without//[\"\']/} # submitit quotes what a shell would read
+  without=${bad:+$bad${without:+,$without}}
   id=$(cd -- "$SLURM_SUBMIT_DIR" && _clean sbatch --parsable --dependency="afterany:$before" \
     ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} ${without:+--exclude="$without"} "$script") || return
   id=${id%%;*}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
@@ -164,7 +193,8 @@ _verdict() {
 _cancelled() {
   local state left
   read -r state left < <(squeue -h -j "$(_job_id)" -o '%T %L' 2> /dev/null)
-  [ -n "$state" ] && [ "$state" != RUNNING ] && [ "$left" != 0:00 ] && ! _is_requeued
+  case $left in 0:00 | INVALID) return 1 ;; esac # its time is over
+  [ -n "$state" ] && [ "$state" != RUNNING ] && ! _is_requeued
 }
 
 _is_requeued() {
@@ -173,10 +203,13 @@ _is_requeued() {
   [ "${restarts:-0}" -gt "${SLURM_RESTART_COUNT:-0}" ]
 }
 
-# Whether a later attempt has begun: this one's node was cut off, and what it would do to the job is not its business.
+# Whether the same job has begun a later attempt: this one's node was cut off, and the job is not its business any more.
 _is_superseded() {
-  local all=(attempts/[0-9]*)
-  [ "${all[-1]}" != "$CAUC_ATTEMPT" ]
+  local other mine=$((10#${CAUC_ATTEMPT#*/}))
+  for other in attempts/[0-9]*; do
+    if [ $((10#${other#*/})) -gt "$mine" ] && grep -qx "id=$(_job_id)" "$other/job" 2> /dev/null; then return 0; fi
+  done
+  return 1
 }
 
 # Run a command without this job's own variables: sbatch hands them to the new job.

@@ -197,6 +197,19 @@ def test_a_rank_that_is_at_work_when_another_dies_is_not_taken_for_gone(store: P
     assert "rank 1 " not in error
 
 
+def test_ranks_that_live_and_do_not_reach_each_other_end_as_if_one_were_gone(store: Path, tmp_path: Path) -> None:
+    """Rank 1 sleeps longer than the others wait, as in a stalled read: a launcher may try again."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    folder = prepare(config(store, tmp_path / "run", epochs=2000, engine=Engine(timeout_minutes=0.1)), 2)
+    code = (
+        f"import sys; from cauc_dist import spawn; sys.exit(spawn.start(2, {str(folder)!r}, module='slow', threads=1))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=90)
+    assert done.returncode == 6, done.stderr
+    assert "error: every rank is there, and they do not reach each other. `cauc resume" in done.stderr
+
+
 def test_a_step_that_is_not_finite_is_left_out_counted_and_the_run_goes_on(store: Path, tmp_path: Path) -> None:
     """The first scan of the second step turns to infinity on its way, on one of two ranks."""
     from tests.ranks import run_ranks

@@ -30,11 +30,17 @@ class Job:
     def script(self) -> Path:
         return self.run.parent / "slurm_script"
 
-    def start(self, exits: Sequence[int | None], rc: int | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-        """One attempt: a rank for each exit code, on the nodes of TWO_NODES; KILLED leaves none."""
+    def start(
+        self, exits: Sequence[int | None], rc: int | None = None, before: str = ":", **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """One attempt: a rank for each exit code, on the nodes of TWO_NODES; KILLED leaves none. `before` they end."""
         ranks = "".join(
             f'echo {TWO_NODES[rank]} > "$CAUC_ATTEMPT/rank-{rank}.host"\n'
-            + (f'echo {code} > "$CAUC_ATTEMPT/rank-{rank}.exit"\n' if code is not KILLED else "")
+            + (
+                f'echo -n "{code}{chr(10) * (code != "")}" > "$CAUC_ATTEMPT/rank-{rank}.exit"\n'
+                if code is not KILLED
+                else ""
+            )
             for rank, code in enumerate(exits)
         )
         rc = max([137 if code is KILLED else code for code in exits], default=127) if rc is None else rc
@@ -43,9 +49,17 @@ class Job:
             "#SBATCH --job-name=mine",
             "#SBATCH --nodes=2",
             "#SBATCH --time=10",
-            "#SBATCH --exclude=n[7-8]",
+            "#SBATCH --exclude='n[7-8]'",  # as submitit writes it
         ]
-        lines += [f". {ROOT}/slurm/attempt.sh", "begin_attempt .", "env > seen", f"{ranks}end_attempt {rc}", ""]
+        lines += [
+            f". {ROOT}/slurm/attempt.sh",
+            "export MASTER_PORT=777",
+            "begin_attempt .",
+            "env > seen",
+            before,
+            f"{ranks}end_attempt {rc}",
+            "",
+        ]
         self.script.write_text("\n".join(lines))
         if self.id not in self.slurm.queue or self.slurm.queue[self.id]["state"] == "PENDING":
             self.slurm.set(self.id, name="mine", state="RUNNING")
@@ -130,7 +144,10 @@ def test_a_run_that_launch_cancelled_is_not_tried_again(job: Job) -> None:
     assert job.end() == ["done"]
 
 
-@pytest.mark.parametrize(("left", "wanted"), [("12:00", ["cancelled"]), ("0:00", ["again stopped none", "requeued"])])
+AGAIN = ["again stopped none", "requeued"]
+
+
+@pytest.mark.parametrize(("left", "wanted"), [("12:00", ["cancelled"]), ("0:00", AGAIN), ("INVALID", AGAIN)])
 def test_scancel_is_told_from_the_end_of_the_time(job: Job, left: str, wanted: list[str]) -> None:
     job.slurm.set("40", name="mine", state="COMPLETING", left=left)
     job.start([5, 5])
@@ -147,20 +164,50 @@ def test_a_job_that_slurm_has_requeued_itself_is_neither_cancelled_nor_queued_tw
         job.start(exits)
         assert job.end()[1] == "requeued by SLURM itself"
     assert job.slurm.calls("scontrol", "sbatch") == []
+    assert not list(job.run.glob("attempts/*/suspects"))
     job.slurm.set("40", restarts="1")
     job.start([5, 5], SLURM_RESTART_COUNT="1")
     assert job.end() == ["cancelled"]
+    job.slurm.set("40", state="RUNNING")
+    job.start(exits, SLURM_RESTART_COUNT="1", CAUC_MAX_TRIES="2")
+    assert job.end()[1] == "requeued"  # the first that counts
 
 
 def test_an_attempt_that_a_later_one_has_followed_decides_nothing(job: Job) -> None:
     """Its node was cut off; heard again, it would requeue the job that runs elsewhere meanwhile."""
-    text = f". {ROOT}/slurm/attempt.sh; begin_attempt .; mkdir attempts/002; end_attempt 6"
+    later = "mkdir attempts/002; echo id=40 > attempts/002/job"
+    text = f". {ROOT}/slurm/attempt.sh; begin_attempt .; {later}; end_attempt 6"
     here = {"PATH": str(job.slurm.bin), "SLURM_JOB_ID": "40", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
     done = subprocess.run(["bash", "-c", text], cwd=job.run, env=here, capture_output=True, text=True, timeout=60)
     assert done.returncode == 6
     assert done.stdout == "attempt 001: SLURM has started the job elsewhere meanwhile\n"
     assert not list(job.run.glob("attempts/*/end"))
     assert job.slurm.calls("scontrol", "sbatch", "squeue") == []
+
+
+def test_a_later_attempt_of_another_job_takes_nothing_from_this_one(job: Job) -> None:
+    """That one was refused: the run folder is at work."""
+    (job.run / "attempts" / "002").mkdir(parents=True)
+    (job.run / "attempts" / "002" / "job").write_text("id=41\n")
+    job.start([5, 5])
+    assert (job.run / "attempts" / "001" / "end").read_text().splitlines() == ["again stopped none", "requeued"]
+
+
+@pytest.mark.parametrize("where", ["attempts is a file", "nothing can be made in it"])
+def test_a_folder_in_which_nothing_can_be_made_ends_the_job_at_once(job: Job, where: str) -> None:
+    if where == "attempts is a file":
+        (job.run / "attempts").touch()
+    else:
+        (job.run / "attempts").symlink_to("/proc")
+    done = job.start([0, 0])
+    assert done.returncode == 2
+    if where != "attempts is a file":
+        assert "/attempts/001 cannot be made; wanted room, and the right to write. Free space, then" in done.stderr
+
+
+def test_an_exit_code_that_found_no_room_on_the_disk_is_not_a_crash(job: Job) -> None:
+    job.start([6, "", 6, 6], 2)  # type: ignore[list-item]
+    assert job.end() == ["failed 2"]
 
 
 def test_where_ranks_have_begun_before_a_start_without_any_is_a_crash(job: Job) -> None:
@@ -184,6 +231,14 @@ def test_a_new_checkpoint_between_gives_new_tries(job: Job) -> None:
         job.start([6, 6], CAUC_MAX_TRIES="2")
         assert job.end() == [f"again crashed step-{step:08}", "requeued"]
     job.start([6, 6], CAUC_MAX_TRIES="2")
+    assert job.end()[1] == "given up: 2 times without a new checkpoint"
+
+
+def test_a_run_that_may_try_once_goes_on_as_long_as_it_saves(job: Job) -> None:
+    save = "mkdir -p checkpoints/step-00000010"
+    job.start([5, 5], CAUC_MAX_TRIES="1", before=save)
+    assert job.end() == ["again stopped step-00000010", "requeued"]
+    job.start([5, 5], CAUC_MAX_TRIES="1", before=save)
     assert job.end()[1] == "given up: 2 times without a new checkpoint"
 
 
@@ -286,7 +341,8 @@ def test_the_variables_of_other_launchers_do_not_reach_the_ranks(job: Job) -> No
     others = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}
     job.start([0, 0], **others)
     seen = dict(line.partition("=")[::2] for line in (job.run / "seen").read_text().splitlines() if "=" in line)
-    assert not set(others) & set(seen)
+    assert set(others) & set(seen) == {"MASTER_PORT"}
+    assert seen["MASTER_PORT"] == "777"  # of the site
     assert seen["CAUC_ATTEMPT"] == "attempts/001"
     assert seen["SLURM_JOB_ID"] == job.id
 
