@@ -4,6 +4,7 @@ STORE.ingest beside the store holds the script, a snapshot of the code and a log
 was when the same command is given again.
 """
 
+import contextlib
 import dataclasses
 import re
 import shlex
@@ -44,26 +45,47 @@ def ingest(
     slurm.required()
     submit.check_folder(folder, site)
     name = _name(asked.store)
+    say(_estimate(asked))
+    new = _made(folder)
+    with submit.alone(folder):
+        with submit.whole(folder) if new else contextlib.nullcontext():
+            _refuse_live(name)
+            _write(folder, text)
+        with submit.handed(name, say, lambda: submit.remove(folder) if new else None):
+            said = slurm.call("sbatch", "--parsable", SCRIPT, cwd=folder, env=slurm.environment(site.keep))
+            array = _id(said)
+            submit.record(folder, id=array, name=name, tasks=tasks)
+    say(f"array {array} ({name}) of {tasks} tasks, logs {folder}/{script.SLURM}/{array}_*.log")
+    say("the last one makes the store. Where one fails, the same command again goes on")
+    return folder
+
+
+def _made(folder: Path) -> bool:
+    """Whether the folder was not there before: of two that begin at a time, it is one's."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _id(said: str) -> str:
+    """N, of `N` or `N;cluster`, which warnings may precede."""
+    words = said.strip().splitlines()
+    if not words or not (found := re.fullmatch(r"(\d+)(;.*)?", words[-1])):
+        raise ValueError(f"sbatch said {said.strip()!r}")
+    return found[1]
+
+
+def _refuse_live(name: str) -> None:
+    """Two arrays would do the same work."""
     if live := [job.id for job in slurm.queue() if job.name == name]:
         raise BadInput(
             f"this store is being made by {len(live)} tasks ({live[0]} ...)",
             wanted="one array at a time",
             do=f"wait for it, or end it first: scancel --name {shlex.quote(name)}",
         )
-    say(_estimate(asked))
-    new = not folder.exists()
-    try:
-        _write(folder, text)
-        said = slurm.call("sbatch", "--parsable", SCRIPT, cwd=folder, env=slurm.environment(site.keep))
-    except BaseException:
-        if new:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    array = said.strip().splitlines()[-1].partition(";")[0]
-    submit.record(folder, id=array, name=name, tasks=tasks)
-    say(f"array {array} ({name}) of {tasks} tasks, logs {folder}/{script.SLURM}/{array}_*.log")
-    say("the last one makes the store. Where one fails, the same command again goes on")
-    return folder
 
 
 def batch(asked: cauc.Ingest, tasks: int, resources: Resources, site: Site, throttle: int | None) -> str:
@@ -149,7 +171,6 @@ def _estimate(asked: cauc.Ingest) -> str:
 
 def _write(folder: Path, text: str) -> None:
     """Script and snapshot, anew; earlier logs stay."""
-    folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / script.SNAPSHOT, ignore_errors=True)
     script.snapshot(folder)
     (folder / script.SLURM).mkdir(exist_ok=True)

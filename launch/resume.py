@@ -1,22 +1,22 @@
 """A run's job once more: the same folder and code, from the newest sound checkpoint, on any number of ranks."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cauc_dist import config
-from cauc_dist.durable import replace
 from cauc_dist.errors import BadInput
-from launch import script, slurm, state
+from launch import script, slurm, state, submit
 from launch import site as sites
 from launch.site import Resources, Site
 from launch.state import CANCELLED, RUNS, UNKNOWN
-from launch.submit import LAUNCH, Say, asked, check_checkpoint, check_folder, check_times, plan, queue, record
+from launch.submit import LAUNCH, Say, alone
 
 
 @dataclass(frozen=True)
@@ -60,33 +60,48 @@ def before(run: Path) -> Before:
 
 
 def resume(run: Path, resources: Resources, site: Site, *, say: Say) -> str:
-    """Check, queue; the job's id. BadInput for a run that is live or complete, and what `cauc resume` refuses."""
+    """Check, queue; the job's id. BadInput for a run that is live or complete, and what `cauc resume` refuses.
+
+    One at a time a run, and none while its sweep is run again: another could queue it between check and record.
+    """
     folder = run.absolute()
     slurm.required()
-    _refuse(run)
-    check_folder(folder, site)
+    with contextlib.ExitStack() as stack:
+        if (folder.parent / RUNS).is_file():
+            stack.enter_context(alone(folder.parent, shared=True))
+        stack.enter_context(alone(folder))
+        _refuse(run)
+        return _resume(folder, resources, site, say)
+
+
+def _resume(folder: Path, resources: Resources, site: Site, say: Say) -> str:
+    submit.check_folder(folder, site)
     began = time.monotonic()
     from cauc_dist import checkpoint
     from cauc_dist.prepare import check, check_store, load
     from cauc_dist.train import card
 
     training = load(folder)
-    check_times(training, resources)
+    name = script.name_of(training.name, folder)
+    refuse_unnoted({name: ""} | _task(folder), state.jobs(folder).ids)
+    submit.check_place(training, site)
+    submit.check_times(training, resources)
     store = check(training, resources.ranks, 0)
     check_store(folder, store)
     saved, complaints = checkpoint.latest(folder, card(training, store))
     came_up = time.monotonic() - began
-    check_checkpoint(training, resources)
+    submit.check_checkpoint(training, resources)
     origin = before(folder).folder
     snapshot(folder, origin)
     (folder / script.SLURM).mkdir(exist_ok=True)
-    name = script.name_of(training.name, folder)
     made = script.executor(folder, resources, site, name)
-    for line in (*complaints, plan(training, resources), asked(script.text(made), folder, site, came_up)):
+    answer = submit.asked(script.text(made), folder, site, came_up)
+    for line in (*complaints, submit.plan(training, resources), answer):
         say(line)
-    id = _queued(folder, lambda: queue(made, folder, site, [folder]))
-    record(folder, id=id, name=name)
-    _note(folder, resources, site)
+    with not_cancelled([folder], name, say):
+        (id,) = submit.queue(made, folder, site, [folder])
+        submit.record(folder, id=id, name=name)
+        submit.note(folder, resources, site)
     say(f"job {id} ({name}) goes on from {saved.path.name if saved else 'the beginning: there is no checkpoint'}")
     return id
 
@@ -114,6 +129,28 @@ def _refuse(run: Path) -> None:
         )
 
 
+def refuse_unnoted(names: Mapping[str, str], known: Collection[str]) -> None:
+    """Refuse where the queue has a job of one of these names whose id was never noted: submit.handed says why.
+
+    `names`: how the id of such a job ends: _K for task K of an array.
+    """
+    for job in slurm.queue():
+        if job.id not in known and job.name in names and job.id.endswith(names[job.name]):
+            raise BadInput(
+                f"job {job.id} ({job.name}) is {job.state}, and its launch was cut off before it noted that",
+                wanted="a run folder that no job has",
+                do=f"wait for it, or end it first: scancel {job.id}",
+            )
+
+
+def _task(run: Path) -> dict[str, str]:
+    """Of a sweep's member the name of the array, and how its own task's id ends."""
+    path = run.parent / RUNS
+    members = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    name = script.name_of(run.parent.name, run.parent)
+    return {name: f"_{members.index(run.name)}"} if run.name in members else {}
+
+
 def snapshot(run: Path, origin: Path) -> None:
     """The code that the run began with, whole: its own, its sweep's, or, of a run that had no job yet, today's."""
     if (run / script.SNAPSHOT).exists():
@@ -129,21 +166,16 @@ def snapshot(run: Path, origin: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _queued(run: Path, act: Callable[[], list[str]]) -> str:
-    """The id of the job that `act` queues. Its script must not find RUN/cancelled, which stays where it fails."""
-    mark = run / CANCELLED
-    was = mark.exists()
-    mark.unlink(missing_ok=True)
-    try:
-        (id,) = act()
-    except BaseException:
-        if was:
+@contextlib.contextmanager
+def not_cancelled(runs: Sequence[Path], name: str, say: Say) -> Iterator[None]:
+    """Around sbatch: the script must not find RUN/cancelled. Where the job is refused it is there again."""
+    marks = [mark for mark in (run / CANCELLED for run in runs) if mark.exists()]
+
+    def restore() -> None:
+        for mark in marks:
             mark.touch()
-        raise
-    return id
 
-
-def _note(run: Path, resources: Resources, site: Site) -> None:
-    """What the latest job of the run was queued with."""
-    said = {"resources": dataclasses.asdict(resources), "site": dataclasses.asdict(site)}
-    replace(run / LAUNCH, (json.dumps(said, indent=1) + "\n").encode())
+    for mark in marks:
+        mark.unlink(missing_ok=True)
+    with submit.handed(name, say, restore):
+        yield

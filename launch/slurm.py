@@ -20,6 +20,10 @@ KEPT = (
 counts and the like stay behind."""
 FIELDS = "%i|%T|%r|%N|%S|%j"
 """Of squeue; the name comes last, since it may hold anything."""
+ACCESS = ("SLURM_CONF_SERVER", "SLURM_JWT")
+"""What else SLURM's own commands may need, to reach it and to say who asks."""
+PATIENCE = 60.0
+"""Seconds that a command has to answer."""
 LIVE = (
     "PENDING",
     "CONFIGURING",
@@ -31,6 +35,10 @@ LIVE = (
     "STOPPED",
     "SIGNALING",
 )
+
+
+class Refused(BadInput):
+    """SLURM has surely not taken what it was given."""
 
 
 @dataclass(frozen=True)
@@ -76,37 +84,50 @@ def required() -> None:
 
 
 def call(*command: str, cwd: str | os.PathLike[str] | None = None, env: Mapping[str, str] | None = None) -> str:
-    """What a command of SLURM prints, both its streams; BadInput with its words where it fails."""
+    """What a command of SLURM prints, both its streams; BadInput with its words where it fails.
+
+    `env`: default what a job gets, without the shell's SQUEUE_*, SACCT_*, SLURM_CLUSTERS: they hide jobs.
+    """
+    env = environment(ACCESS) if env is None else env
     try:
         done = subprocess.run(
-            command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60
+            command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE
         )
     except OSError as error:
-        raise BadInput(f"{command[0]}: {error}", wanted="SLURM's commands", do="go to a login node") from None
+        raise Refused(f"{command[0]}: {error}", wanted="SLURM's commands", do="go to a login node") from None
     except subprocess.TimeoutExpired:
         raise BadInput(
             f"{command[0]} gave no answer in a minute", wanted="a SLURM that answers", do="try again later"
         ) from None
+    if done.returncode < 0:
+        raise cut_off(command[0], -done.returncode)
     if done.returncode:
         raise refused(command[0], done.stdout)
     return done.stdout
 
 
+def cut_off(command: str, signal: int) -> BadInput:
+    """It may have done its work all the same."""
+    return BadInput(f"{command} was ended by signal {signal}", wanted="its answer", do="try again later")
+
+
 def refused(command: str, words: str) -> BadInput:
-    """Why SLURM does not take a job, and what it would take."""
+    """Why SLURM does not take a job, and what it would take: Refused, unless it may have taken it all the same."""
     lines = [re.sub(r"^\w+: (error: )?", "", line) for line in words.strip().splitlines()]
     found = f"{command}: {'; '.join(dict.fromkeys(lines)) or 'it failed without a word'}"
     text = words.lower()
+    if "timed out" in text:  # of its socket: slurmctld may be at work on it
+        return BadInput(found, wanted="a SLURM that answers", do="try again later")
     if "invalid partition" in text or "partition specified" in text:
         named = re.search(r"partition specified: (\S+)", words)
-        return BadInput(found, wanted="a partition", do=nearest(named[1] if named else "", partitions()))
+        return Refused(found, wanted="a partition", do=nearest(named[1] if named else "", partitions()))
     if "node count" in text or "node configuration" in text or "more processors" in text:
-        return BadInput(found, wanted="nodes that the partition has", do=f"it has {has()}")
+        return Refused(found, wanted="nodes that the partition has", do=f"it has {has()}")
     if "invalid account" in text:
-        return BadInput(found, wanted="an account that you may use", do="`sacctmgr show associations user=$USER`")
+        return Refused(found, wanted="an account that you may use", do="`sacctmgr show associations user=$USER`")
     if "qos" in text or "time limit" in text:
-        return BadInput(found, wanted="what the partition allows", do="`scontrol show partition` says it")
-    return BadInput(found, wanted="a job that SLURM takes", do="--dry-run shows the script")
+        return Refused(found, wanted="what the partition allows", do="`scontrol show partition` says it")
+    return Refused(found, wanted="a job that SLURM takes", do="--dry-run shows the script")
 
 
 def partitions() -> list[str]:
@@ -121,8 +142,11 @@ def has() -> str:
 
 
 def queue(users: Iterable[int] = ()) -> list[Job]:
-    """Jobs of these users, and of this one, that are not over; BadInput where squeue does not answer."""
-    said = call("squeue", "-h", "-r", "-u", ",".join(map(str, sorted({os.getuid(), *users}))), "-o", FIELDS)
+    """Jobs of these users, and of this one, that are not over; BadInput where squeue does not answer.
+
+    -a: those in hidden partitions too.
+    """
+    said = call("squeue", "-h", "-a", "-r", "-u", ",".join(map(str, sorted({os.getuid(), *users}))), "-o", FIELDS)
     rows = [line.split("|", FIELDS.count("|")) for line in said.splitlines()]
     found = [row for row in rows if len(row) > FIELDS.count("|")]  # the others are warnings
     return [Job(id, name, state, reason, nodes, start) for id, state, reason, nodes, start, name in found]

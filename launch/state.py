@@ -2,8 +2,9 @@
 
 squeue goes first: what it lists is not over, whatever an attempt or the accounting says of it (SLURM starts a job again
 after the end of a node, and a verdict `again` is followed by another attempt). Of a job that it does not list the last
-attempt's verdict says most, and where there is none sacct. A job counts only under the name that it was queued by: a
-cluster that counts ids from 1 again has others under the same id.
+attempt's verdict says most, and where there is none sacct; a journal that has come to the last step is the end,
+whoever came there. A job counts only under the name that it was queued by: a cluster that counts ids from 1 again has
+others under the same id. (Of a batch script of the user's own only the ids are known, from its attempts.)
 """
 
 import contextlib
@@ -123,7 +124,7 @@ class Jobs:
     """The jobs of a run, as its folder knows them."""
 
     name: str
-    """Their name in SLURM."""
+    """Their name in SLURM; "" where launch did not queue them: any."""
     ids: tuple[str, ...]
     """Every id, oldest launch first."""
     chain: tuple[str, ...]
@@ -131,14 +132,17 @@ class Jobs:
 
 
 def jobs(run: Path) -> Jobs:
-    """From jobs.jsonl, RUN/resubmitted and the attempts; no ids where launch never queued it."""
+    """From jobs.jsonl, RUN/resubmitted and the attempts; no ids where there never was a job."""
     told = []
     for line in _lines(run / JOBS):
         with contextlib.suppress(json.JSONDecodeError):  # cut off
             told.append(json.loads(line))
+    tried = attempts(run)
+    if not told:  # by a batch script of the user's own
+        told = [{"id": attempt.id, "name": ""} for attempt in tried if attempt.id]
     if not told:
         return Jobs("", (), ())
-    again = {a.id: a.followed.split()[2] for a in attempts(run) if a.followed.startswith("resubmitted as ")}
+    again = {a.id: a.followed.split()[2] for a in tried if a.followed.startswith("resubmitted as ")}
     chain = [told[-1]["id"]]
     while following := again.pop(chain[-1], None):
         chain.append(following)
@@ -174,7 +178,7 @@ def _queue(runs: Sequence[Path], known: Sequence[Jobs]) -> tuple[list[slurm.Job]
 
 def _listed(jobs: Jobs, queue: Sequence[slurm.Job]) -> slurm.Job | None:
     """The run's latest job that squeue lists."""
-    mine = {job.id: job for job in queue if job.name == jobs.name}
+    mine = {job.id: job for job in queue if jobs.name in ("", job.name)}
     return next((mine[id] for id in reversed(jobs.ids) if id in mine), None)
 
 
@@ -207,7 +211,7 @@ class Look:
     @property
     def open(self) -> bool:
         """Whether only the accounting may know how it ended."""
-        return bool(self.jobs.ids) and not (self.queued or self.silent or self._ended())
+        return bool(self.jobs.ids) and not (self.queued or self.silent or self._known())
 
     def status(self, remembered: Sequence[slurm.Job]) -> Status:
         """All of it, where sacct remembers some jobs."""
@@ -248,30 +252,28 @@ class Look:
     def _out_of_queue(self, remembered: Sequence[slurm.Job]) -> tuple[str, str, str]:
         if held(self.run):
             return "RUNNING", "by no job of its own that squeue lists", "journal"
-        if ended := self._ended():
-            return *ended, "attempts"
+        if known := self._known():
+            return known
         if self.silent:
             return UNKNOWN, self.silent, "journal"
         id, name = self.jobs.chain[-1], self.jobs.name
-        words = next((job.state for job in remembered if (job.id, job.name) == (id, name)), "")
+        words = next((job.state for job in remembered if job.id == id and name in ("", job.name)), "")
         cut = "no verdict; `launch logs` shows its last words" if self.tried else "not one rank began"
         if (self.run / CANCELLED).exists():
             return "CANCELLED", "", "attempts"
         if words and words not in slurm.LIVE:
             return words, _again(self.tried) or cut, "sacct"
-        if self._journal_ends == "end":
-            return "COMPLETED", "", "journal"
-        nobody = f"squeue does not list job {id}, and sacct {f'still has it {words}' if words else 'knows nothing'}"
+        if words:  # one of the two is wrong, and the job may start or go on
+            return UNKNOWN, f"squeue does not list job {id}, and sacct still has it {words}", "sacct"
+        nobody = f"squeue does not list job {id}, and sacct knows nothing"
         return "GONE", "; ".join(filter(None, [nobody, _again(self.tried)])), "attempts"
 
     def _outside(self) -> tuple[str, str, str]:
-        """Of a run that launch did not queue: started by `cauc train`, or by a batch script of the user's."""
+        """Of a run that never had a job: started by `cauc train`."""
         if held(self.run):
             return "RUNNING", "", "journal"
-        if self.last and (verdict := _verdict(self.last)):
-            return *verdict, "attempts"
         if self.last:
-            return UNKNOWN, f"launch did not queue job {self.last.id}: `squeue -j {self.last.id}`", "attempts"
+            return UNKNOWN, f"attempt {self.last.path.name} does not say yet which job it is of", "attempts"
         states = {
             "": ("NEW", "no rank has begun"),
             "end": ("COMPLETED", ""),
@@ -283,6 +285,13 @@ class Look:
     @property
     def _journal_ends(self) -> str:
         return self.events[-1]["event"] if self.events else ""
+
+    def _known(self) -> tuple[str, str, str] | None:
+        """State, reason and source, where the run's own folder says how it has ended."""
+        ended = self._ended()
+        if self._journal_ends == "end" and (ended is None or ended[0] != "COMPLETED"):  # e.g. by a local `cauc resume`
+            return "COMPLETED", "", "journal"
+        return (*ended, "attempts") if ended else None
 
     def _ended(self) -> tuple[str, str] | None:
         """How the latest job ended for good, where its last attempt says it."""

@@ -2,27 +2,32 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import math
 import os
 import re
+import shlex
 import shutil
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from submitit.core.utils import FailedJobError
 
 from cauc_dist.config import RunConfig
+from cauc_dist.durable import replace
 from cauc_dist.errors import BadInput
 from cauc_dist.job import Job
+from cauc_dist.store.files import is_remote
 from launch import script, slurm
 from launch.site import Resources, Site
 
-JOBS, LAUNCH = "jobs.jsonl", "launch.json"
+JOBS, LAUNCH, LOCK = "jobs.jsonl", "launch.json", "launch.lock"
 LOCAL = ("tmpfs", "ramfs", "overlay", "squashfs")
 """File systems that no two nodes share. (ext4 and xfs may be exported by this very machine.)"""
 Say = Callable[[str], None]
@@ -35,7 +40,7 @@ def submit(
 
     `dry_run` says the batch script and the plan of the batch instead, and writes nothing. `test_only` checks all,
     asks SLURM, and leaves no folder. Raises BadInput for what cannot be a run, and what SLURM refuses; the folder then
-    does not exist.
+    does not exist. Where sbatch gives no clear answer the folder stays: the job may be in the queue.
     """
     folder = run.folder.absolute()
     run = dataclasses.replace(run, run=folder)
@@ -47,26 +52,26 @@ def submit(
     slurm.required()
     check_new(folder)
     check_folder(folder, site)
+    check_place(run, site)
     check_times(run, resources)
     began = time.monotonic()
     from cauc_dist.prepare import prepare
 
     prepare(run, resources.ranks, 0)
     came_up = time.monotonic() - began
-    try:
-        check_checkpoint(run, resources)
-        write(folder, resources, site)
-        say(plan(run, resources))
-        made = script.executor(folder, resources, site, name)
-        say(asked(script.text(made), folder, site, came_up))
+    with alone(folder):
+        with whole(folder):
+            check_checkpoint(run, resources)
+            write(folder, resources, site)
+            say(plan(run, resources))
+            made = script.executor(folder, resources, site, name)
+            say(asked(script.text(made), folder, site, came_up))
         if test_only:
             shutil.rmtree(folder)
             return folder
-        (id,) = queue(made, folder, site, [folder])
-        record(folder, id=id, name=name)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        with handed(name, say, lambda: remove(folder)):
+            (id,) = queue(made, folder, site, [folder])
+            record(folder, id=id, name=name)
     say(f"job {id} ({name}), run folder {folder}")
     return folder
 
@@ -75,8 +80,68 @@ def write(folder: Path, resources: Resources, site: Site) -> None:
     """Snapshot of the code, and what was asked for."""
     script.snapshot(folder)
     (folder / script.SLURM).mkdir()
+    note(folder, resources, site)
+
+
+def note(folder: Path, resources: Resources, site: Site) -> None:
+    """What the latest job of a run, or of a sweep, was queued with."""
     said = {"resources": dataclasses.asdict(resources), "site": dataclasses.asdict(site)}
-    (folder / LAUNCH).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    replace(folder / LAUNCH, (json.dumps(said, indent=1) + "\n").encode())
+
+
+def remove(folder: Path) -> None:
+    """The folder of what was never queued."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole(folder: Path) -> Iterator[None]:
+    """Around what is done in a new folder before sbatch: where it fails the folder goes."""
+    try:
+        yield
+    except BaseException:
+        remove(folder)
+        raise
+
+
+@contextlib.contextmanager
+def handed(name: str, say: Say, undo: Callable[[], object]) -> Iterator[None]:
+    """Around sbatch and what is noted of its answer: `undo` where it refuses the job, and only there.
+
+    Whatever else goes wrong, from a ctrl-C to a full disk, the job may be in the queue, and nothing is undone.
+    """
+    look = f"the job may be queued: `squeue --name {shlex.quote(name)}` (its folder stays)"
+    try:
+        yield
+    except slurm.Refused:
+        undo()
+        raise
+    except Exception as error:
+        why = error.found if isinstance(error, BadInput) else str(error).partition("\n")[0] or type(error).__name__
+        raise BadInput(f"sbatch was given {name}, then: {why}", wanted="an id that could be noted", do=look) from error
+    except BaseException:
+        with contextlib.suppress(OSError):
+            say(look)
+        raise
+
+
+@contextlib.contextmanager
+def alone(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Refuse where another launch checks and queues in this folder; `shared`: others may that ask so, too."""
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise BadInput(
+            f"another launch is at work on {folder}", wanted="one at a time", do="look what it has queued, then go on"
+        ) from None
+    except OSError:
+        pass  # a file system without locks: nothing can be told
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def queue(made: script.Executor, folder: Path, site: Site, runs: list[Path]) -> list[str]:
@@ -87,6 +152,10 @@ def queue(made: script.Executor, folder: Path, site: Site, runs: list[Path]) -> 
                 these = [Job(str(run)) for run in runs]
                 jobs = made.submit_array(these) if len(these) > 1 else [made.submit(these[0])]
         except FailedJobError as error:  # of what --test-only does not know, e.g. how many jobs one may have
+            if not isinstance(cause := error.__cause__, subprocess.CalledProcessError):
+                raise  # what sbatch said could not be read
+            if cause.returncode < 0:
+                raise slurm.cut_off("sbatch", -cause.returncode) from None
             raise slurm.refused("sbatch", str(error)) from None
     return [job.job_id for job in jobs]
 
@@ -141,11 +210,10 @@ def check_folder(folder: Path, site: Site) -> None:
         )
     home = next(path for path in folder.parents if path.exists())
     if site.shared:
-        inside = [Path(os.path.expandvars(place)).resolve() for place in site.shared]
-        if not any(home.resolve().is_relative_to(place) for place in inside):
+        if (places := unseen(home, site)) is not None:
             raise BadInput(
                 f"run folder {folder}",
-                wanted=f"a place that all nodes see: {', '.join(map(str, inside))}",
+                wanted=f"a place that all nodes see: {places}",
                 do="choose another with --run, or mend `shared` in the site file",
             )
     elif (kind := file_system(home)) in LOCAL:
@@ -156,6 +224,27 @@ def check_folder(folder: Path, site: Site) -> None:
         )
     if not os.access(home, os.W_OK):
         raise BadInput(f"{home} is not to be written", wanted="a folder of yours", do="choose another with --run")
+
+
+def check_place(run: RunConfig, site: Site) -> None:
+    """Refuse a store that the site's nodes would not see."""
+    store = run.data.store
+    if is_remote(store):
+        return
+    if (places := unseen(Path(store), site)) is not None:
+        raise BadInput(
+            f"store {store}",
+            wanted=f"a place that all nodes see: {places}",
+            do="copy it there and set --data.store, or mend `shared` in the site file",
+        )
+
+
+def unseen(path: Path, site: Site) -> str | None:
+    """The folders that all nodes see, where the path lies in none of them; None where it does, or no one knows them."""
+    places = [Path(os.path.expandvars(place)).resolve() for place in site.shared]
+    if not places or any(path.resolve().is_relative_to(place) for place in places):
+        return None
+    return ", ".join(map(str, places))
 
 
 def file_system(path: Path) -> str:

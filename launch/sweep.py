@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import json
 import re
-import shutil
 import time
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +20,10 @@ from cauc_dist import cli as cauc
 from cauc_dist import config
 from cauc_dist.config import RunConfig
 from cauc_dist.errors import BadInput, nearest
-from launch import script, slurm, state, submit
+from launch import resume, script, slurm, state, submit
 from launch.site import Resources, Site
-from launch.state import CANCELLED, RUNS, UNKNOWN
-from launch.submit import Say
+from launch.state import RUNS, UNKNOWN
+from launch.submit import LAUNCH, Say
 
 MANIFEST = "manifest.json"
 LONGEST = 100
@@ -96,7 +95,8 @@ def sweep(
     """Check all members, write the sweep's folder and theirs, queue them as one array; the folder.
 
     `throttle`: how many run at a time. `dry_run` says the script and the members, and writes nothing. Raises BadInput
-    for the first member that cannot be a run, by its name; the folder then does not exist.
+    for the first member that cannot be a run, by its name; the folder then does not exist. Where sbatch gives no clear
+    answer it stays: the array may be in the queue.
     """
     folder = folder.absolute()
     runs = [run_of(member, folder) for member in members]
@@ -108,20 +108,27 @@ def sweep(
         return folder
     slurm.required()
     submit.check_folder(folder, site)
-    if folder.exists():
-        do = f"run what failed there again by `launch sweep --rerun {folder}`, or choose another with --run"
-        raise BadInput(f"sweep folder {folder} exists already", wanted="a new one", do=do)
-    try:
-        came_up = _prepare(members, runs, resources)
-        submit.write(folder, resources, site)
-        _write(folder, members)
-        say("\n".join(dict.fromkeys(submit.plan(run, resources) for run in runs)))
-        say(submit.asked(text, folder, site, came_up))
-        say(_queue(made, folder, site, members, members))
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    _claim(folder)
+    with submit.alone(folder):
+        with submit.whole(folder):
+            came_up = _prepare(members, runs, resources, site)
+            submit.write(folder, resources, site)
+            _write(folder, members)
+            say("\n".join(dict.fromkeys(submit.plan(run, resources) for run in runs)))
+            say(submit.asked(text, folder, site, came_up))
+        with submit.handed(made.parameters["job_name"], say, lambda: submit.remove(folder)):
+            queued = _queue(made, folder, site, members, members)
+    say(queued)
     return folder
+
+
+def _claim(folder: Path) -> None:
+    """Make the sweep's folder: of two that begin at a time, it is one's."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        do = f"run what failed there again by `launch sweep --rerun {folder}`, or choose another with --run"
+        raise BadInput(f"sweep folder {folder} exists already", wanted="a new one", do=do) from None
 
 
 def rerun(
@@ -130,20 +137,50 @@ def rerun(
     """Queue those members of a sweep again that are neither done nor live, from their newest checkpoints; them."""
     folder = folder.absolute()
     members = read(folder)
-    again = _undone(folder, members, say)
-    if not again:
-        say(f"nothing to run again in {folder}")
-        return []
-    made = _executor(folder, resources, site, members, throttle, again)
     if dry_run:
-        say(script.text(made, _padded(members)))
-        say("\n".join(member.run for member in again))
+        again = _undone(folder, members, say)
+        if again:
+            say(script.text(_executor(folder, resources, site, members, throttle, again), _padded(members)))
+        say("\n".join(member.run for member in again) or f"nothing to run again in {folder}")
         return again
     slurm.required()
-    for member in again:
-        (folder / member.run / CANCELLED).unlink(missing_ok=True)
-    say(_queue(made, folder, site, members, again))
+    with submit.alone(folder):
+        again = _undone(folder, members, say)
+        if not again:
+            say(f"nothing to run again in {folder}")
+            return []
+        made = _executor(folder, resources, site, members, throttle, again)
+        known = [id for member in members for id in state.jobs(folder / member.run).ids]
+        resume.refuse_unnoted({made.parameters["job_name"]: ""}, known)
+        came_up = _check_again(folder, again, resources, site)
+        say(submit.asked(script.text(made, _padded(members)), folder, site, came_up))
+        runs = [folder / member.run for member in again]
+        with resume.not_cancelled(runs, made.parameters["job_name"], say):
+            queued = _queue(made, folder, site, members, again)
+            for home in (folder, *(run for run in runs if (run / LAUNCH).exists())):  # a member's own comes before it
+                submit.note(home, resources, site)
+    say(queued)
     return again
+
+
+def _check_again(folder: Path, again: Sequence[Member], resources: Resources, site: Site) -> float:
+    """What `sweep` checks of its members, on these resources; seconds that it took to come up."""
+    submit.check_folder(folder, site)
+    began = time.monotonic()
+    from cauc_dist.prepare import check, check_store, load
+
+    runs = []
+    seconds = 0.0
+    for member in again:
+        with _named(member):
+            run = load(folder / member.run)
+            submit.check_place(run, site)
+            submit.check_times(run, resources)
+            check_store(run.folder, check(run, resources.ranks, 0))
+        runs.append(run)
+        seconds = seconds or time.monotonic() - began
+    submit.check_checkpoint(max(runs, key=submit.checkpoint_bytes), resources)
+    return seconds
 
 
 def read(folder: Path) -> list[Member]:
@@ -177,7 +214,7 @@ def _named(member: Member) -> Iterator[None]:
         raise BadInput(f"member {member.run}: {error.found}", wanted=error.wanted, do=error.do) from None
 
 
-def _prepare(members: Sequence[Member], runs: Sequence[RunConfig], resources: Resources) -> float:
+def _prepare(members: Sequence[Member], runs: Sequence[RunConfig], resources: Resources, site: Site) -> float:
     """Check every run and write its folder; seconds that the first took to come up."""
     began = time.monotonic()
     from cauc_dist.prepare import prepare
@@ -185,6 +222,7 @@ def _prepare(members: Sequence[Member], runs: Sequence[RunConfig], resources: Re
     seconds = 0.0
     for member, run in zip(members, runs, strict=True):
         with _named(member):
+            submit.check_place(run, site)
             submit.check_times(run, resources)
             prepare(run, resources.ranks, 0)
         seconds = seconds or time.monotonic() - began

@@ -68,6 +68,15 @@ class Slurm:
             cluster["accounted"][id] = {**job, "state": state}
         self._write(cluster)
 
+    def instead(self, command: str, *lines: str) -> None:
+        """From now on the command is this bash script; $SLURM is the command as it was."""
+        program = self.bin / command
+        was = self.bin / f".{command}" / command
+        was.parent.mkdir()
+        program.rename(was)
+        program.write_text("\n".join(["#!/bin/bash", f"SLURM={was}", *lines]) + "\n")
+        program.chmod(0o755)
+
     def breaks(self, command: str, words: str) -> None:
         """From now on the command fails with these words."""
         (self.state / f"broken-{command}").write_text(words)
@@ -157,10 +166,10 @@ def launch(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Path:
-    """A site file that says that all nodes see the test's folder."""
+def site(tmp_path: Path, cohort: Path) -> Path:
+    """A site file that says that all nodes see the test's folder, and that of the tests' store."""
     path = tmp_path / "site.toml"
-    path.write_text(f'shared = ["{tmp_path}"]\n')
+    path.write_text(f'shared = ["{tmp_path}", "{cohort.parent}"]\n')
     return path
 
 

@@ -2,13 +2,16 @@
 
 import json
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
 from cauc_dist import cli as cauc
+from cauc_dist.errors import BadInput
 from launch import cli
 from launch import ingest as ingests
+from launch import site as sites
 from launch.site import Container, Resources, Site
 from tests.launch.conftest import Launch, Slurm
 
@@ -156,6 +159,64 @@ def test_what_is_refused_leaves_no_folder(slurm: Slurm, ingest: Launch, tmp_path
     assert wanted in done.err
     assert sorted(path.name for path in tmp_path.glob("*store*")) == []
     assert not slurm.queue
+
+
+def test_what_sbatch_refuses_leaves_a_folder_that_was_there(slurm: Slurm, ingest: Launch, tmp_path: Path) -> None:
+    store = tmp_path / "store.zarr"
+    assert ingest(store, "--tasks", "1").code == 0
+    slurm.ends("41_0", "FAILED")
+    assert ingest(store, "--tasks", "1", "--partition", "mian").code == 2
+    assert (tmp_path / "store.zarr.ingest" / "jobs.jsonl").exists()
+
+
+UNCLEAR: dict[str, tuple[str, str]] = {
+    "sbatch says what has no id in it": ("echo hello", "sbatch said 'hello'"),
+    "sbatch says nothing": ("exit 0", "sbatch said ''"),
+    "it gives no answer in time": ("exec sleep 30", "sbatch gave no answer in a minute"),
+    "sbatch is killed": ("kill -KILL $$", "sbatch was ended by signal 9"),
+    "its answer cannot be noted": ("mkdir jobs.jsonl; echo 41", "[Errno 21] Is a directory: '"),
+}
+
+
+@pytest.mark.parametrize("case", UNCLEAR)
+def test_the_folder_of_an_array_that_may_be_queued_stays(
+    slurm: Slurm, ingest: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    line, words = UNCLEAR[case]
+    monkeypatch.setattr("launch.slurm.PATIENCE", 3.0)
+    slurm.instead("sbatch", '"$SLURM" "$@" > /dev/null', line)
+    done = ingest(tmp_path / "store.zarr", "--tasks", "1")
+    name = slurm.queue["41_0"]["name"]
+    assert done.code == 2
+    assert f"error: sbatch was given {name}, then: {words}" in done.err
+    assert f"The job may be queued: `squeue --name {name}` (its folder stays)." in done.err
+    assert (tmp_path / "store.zarr.ingest" / "script.sh").exists()
+
+
+def test_two_ingests_at_a_time_are_one(slurm: Slurm, ingest: Launch, cohort: Path, site: Path, tmp_path: Path) -> None:
+    """Both find no array in the queue: what is between the look and sbatch is one's alone."""
+    asked, told = cauc.Ingest(cohort, tmp_path / "store.zarr"), []
+
+    def another() -> None:
+        barrier.wait()
+        try:
+            ingests.ingest(asked, 1, Resources(), sites.read(str(site)), say=lambda _: None)
+        except BadInput as error:
+            told.append(str(error))
+
+    barrier = threading.Barrier(2)
+    slurm.instead("squeue", '"$SLURM" "$@"', "sleep 1")
+    both = [threading.Thread(target=another) for _ in range(2)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    folder = tmp_path / "store.zarr.ingest"
+    assert told == [
+        f"another launch is at work on {folder}; wanted one at a time. Look what it has queued, then go on."
+    ]
+    assert list(slurm.queue) == ["41_0"]
+    assert (folder / "script.sh").exists()
 
 
 def test_a_store_that_is_there_is_refused(slurm: Slurm, ingest: Launch, tmp_path: Path) -> None:

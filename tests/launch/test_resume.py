@@ -62,11 +62,12 @@ def test_without_a_checkpoint_it_says_that_it_begins_anew(run: Path, launch: Lau
 
 
 def test_what_another_site_s_file_sets_wins_over_the_last_job_s(
-    slurm: Slurm, run: Path, launch: Launch, tmp_path: Path
+    slurm: Slurm, run: Path, launch: Launch, store: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.toml"
     other.write_text(
-        f'shared = ["{tmp_path}"]\nmodules = ["cuda/12"]\n[resources]\npartition = "urgent"\ntime = "30"\n'
+        f'shared = ["{tmp_path}", "{store.parent}"]\nmodules = ["cuda/12"]\n'
+        '[resources]\npartition = "urgent"\ntime = "30"\n'
     )
     done = launch("resume", run, "--site", other, "--time", "20", "--nodes", "1")
     assert (done.code, done.err) == (2, done.err)
@@ -102,7 +103,7 @@ def test_a_member_of_a_sweep_goes_on_with_the_sweep_s_code(
     (sweep / "runs").write_text("000-x\n")
     (sweep / "snapshot" / "slurm").mkdir(parents=True)
     (sweep / "snapshot" / "of-the-sweep").touch()
-    told = {"resources": dataclasses.asdict(Resources(nodes=4)), "site": {"shared": [str(tmp_path)]}}
+    told = {"resources": dataclasses.asdict(Resources(nodes=4)), "site": {"shared": [str(tmp_path), str(store.parent)]}}
     (sweep / "launch.json").write_text(json.dumps(told))
     done = launch("resume", path)
     assert (done.code, done.err) == (0, "")
@@ -157,6 +158,50 @@ def test_what_slurm_refuses_leaves_the_run_as_it_was(slurm: Slurm, run: Path, la
     assert (run / "cancelled").exists()
     assert ((run / "launch.json").read_bytes(), (run / "jobs.jsonl").read_bytes()) == before
     assert run.exists()
+
+
+def test_where_sbatch_s_answer_is_lost_the_job_is_not_cancelled_and_not_queued_twice(
+    slurm: Slurm, run: Path, launch: Launch
+) -> None:
+    (run / "cancelled").touch()
+    slurm.instead(
+        "sbatch", '"$SLURM" "$@"', '[[ " $* " = *" --test-only "* ]] || { mv jobs.jsonl was; mkdir jobs.jsonl; }'
+    )
+    done = launch("resume", run)
+    name = slurm.queue["42"]["name"]
+    assert done.code == 2
+    assert f"The job may be queued: `squeue --name {name}` (its folder stays)." in done.err
+    assert not (run / "cancelled").exists()
+    (run / "jobs.jsonl").rmdir()
+    (run / "was").rename(run / "jobs.jsonl")
+    assert launch("resume", run).err == (
+        f"error: job 42 ({name}) is PENDING, and its launch was cut off before it noted that; "
+        "wanted a run folder that no job has. Wait for it, or end it first: scancel 42.\n"
+    )
+
+
+def test_two_resumes_at_a_time_queue_one_job(slurm: Slurm, run: Path, launch: Launch) -> None:
+    told = []
+
+    def say(line: str) -> None:
+        if not told:
+            told.append(launch("resume", run).err)
+
+    was = resume.before(run)
+    resume.resume(run, was.resources, was.site, say=say)
+    assert told == [
+        f"error: another launch is at work on {run}; wanted one at a time. Look what it has queued, then go on.\n"
+    ]
+    assert sorted(slurm.queue) == ["42"]
+
+
+def test_a_store_that_the_nodes_do_not_see_is_refused(
+    slurm: Slurm, run: Path, launch: Launch, store: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text(f'shared = ["{tmp_path}"]\n')
+    assert f"error: store {store}; wanted a place that all nodes see: " in launch("resume", run, "--site", other).err
+    assert not slurm.queue
 
 
 def test_damaged_checkpoints_are_refused_before_a_job_waits_for_hours(slurm: Slurm, run: Path, launch: Launch) -> None:

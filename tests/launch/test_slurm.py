@@ -66,6 +66,35 @@ def test_a_queue_is_read_whatever_a_name_holds(slurm: Slurm) -> None:
     ]
 
 
+def test_no_variable_of_the_shell_hides_a_job_nor_a_hidden_partition(
+    slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SQUEUE_STATES", "SQUEUE_PARTITION", "SQUEUE_USERS", "SLURM_CLUSTERS", "SACCT_FORMAT", "SINFO_ALL"):
+        monkeypatch.setenv(name, "RUNNING")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    commands.queue()
+    commands.accounted(["41"])
+    commands.partitions()
+    calls = slurm.calls("squeue", "sacct", "sinfo")
+    assert len(calls) == 3
+    for call in calls:
+        assert "RUNNING" not in call["env"].values()
+        assert call["env"]["SLURM_CONF"] == "/etc/slurm.conf"
+    assert "-a" in calls[0]["arguments"]
+
+
+def test_a_refusal_is_sure_unless_slurm_s_own_socket_timed_out() -> None:
+    sure = commands.refused("sbatch", "sbatch: error: Batch job submission failed: Invalid feature specification")
+    assert isinstance(sure, commands.Refused)
+    words = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+    perhaps = commands.refused("sbatch", words)
+    assert not isinstance(perhaps, commands.Refused)
+    assert str(perhaps) == (
+        "sbatch: Batch job submission failed: Socket timed out on send/recv operation; "
+        "wanted a SLURM that answers. Try again later."
+    )
+
+
 def test_the_accounting_gives_a_state_without_who_did_it(slurm: Slurm) -> None:
     slurm.ends("41", "CANCELLED by 1000", "a|b")
     slurm.ends("42", "TIMEOUT", "c")

@@ -151,16 +151,39 @@ def test_a_job_that_nobody_knows_is_gone(slurm: Slurm, folder: Callable[..., Fol
     assert said(run)[1].endswith("; crashed, newest checkpoint none")
 
 
-def test_accounting_that_lags_behind_is_not_believed(slurm: Slurm, folder: Callable[..., Folder]) -> None:
+@pytest.mark.parametrize("word", ["PENDING", "RUNNING", "REQUEUED", "SUSPENDED"])
+def test_where_squeue_and_sacct_contradict_each_other_nothing_is_known(
+    slurm: Slurm, folder: Callable[..., Folder], word: str
+) -> None:
     run = folder().job("41")
-    slurm.ends("41", "RUNNING", run.name)
-    assert said(run)[:2] == ("GONE", "squeue does not list job 41, and sacct still has it RUNNING")
+    run.attempt("41", *STOPPED)
+    slurm.ends("41", word, run.name)
+    assert said(run) == ("UNKNOWN", f"squeue does not list job 41, and sacct still has it {word}", "sacct")
 
 
 def test_a_finished_journal_is_believed_where_nobody_else_says_anything(
     slurm: Slurm, folder: Callable[..., Folder]
 ) -> None:
     run = folder().job("41").steps(98, 99).journal(("end", {"step": 100}))
+    assert said(run) == ("COMPLETED", "", "journal")
+
+
+@pytest.mark.parametrize("verdict", [("failed 3",), GIVEN_UP, ("cancelled",), STOPPED, ()])
+def test_a_run_that_was_finished_elsewhere_is_completed_whatever_its_job_came_to(
+    slurm: Slurm, folder: Callable[..., Folder], verdict: tuple[str, ...]
+) -> None:
+    run = folder().job("41").steps(8)
+    run.attempt("41", *verdict)
+    slurm.ends("41", "FAILED", run.name)
+    assert said(run)[0] != "COMPLETED"
+    run.steps(9, event="resume", at=9).journal(("end", {"step": 10}))
+    assert said(run) == ("COMPLETED", "", "journal")
+
+
+def test_a_run_that_was_finished_elsewhere_is_completed_where_squeue_is_silent(
+    no_slurm: None, folder: Callable[..., Folder]
+) -> None:
+    run = folder().job("41").steps(9).journal(("end", {"step": 10}))
     assert said(run) == ("COMPLETED", "", "journal")
 
 
@@ -363,15 +386,42 @@ def test_to_ask_whether_a_run_is_at_work_refuses_no_training(
     assert state.held(run.path)
 
 
-def test_a_job_of_a_script_of_the_user_s_own_has_its_attempt_s_verdict(
+def test_a_job_of_a_script_of_the_user_s_own_is_asked_for_by_its_attempt_s_id(
     slurm: Slurm, folder: Callable[..., Folder]
 ) -> None:
     run = folder()
     run.attempt("77")
-    assert said(run) == ("UNKNOWN", "launch did not queue job 77: `squeue -j 77`", "attempts")
-    assert of(run).id == "77"
-    (run.path / "attempts" / "001" / "end").write_text("done\n")
-    assert said(run)[0] == "COMPLETED"
+    slurm.set("77", name="train.sbatch", state="RUNNING", nodes="n1")
+    assert (*said(run), of(run).id) == ("RUNNING", "", "squeue", "77")
+    (run.path / "attempts" / "001" / "end").write_text("again crashed none\nresubmitted as 78\n")
+    slurm.ends("77", "FAILED")
+    slurm.set("78", name="train.sbatch", state="PENDING", reason="Dependency")
+    assert (*said(run)[::2], of(run).id) == ("REQUEUED", "squeue", "78")
+    slurm.ends("78", "TIMEOUT")
+    assert said(run) == ("TIMEOUT", "crashed, newest checkpoint none", "sacct")
+    run.attempt("78", "done")
+    assert said(run) == ("COMPLETED", "", "attempts")
+
+
+@pytest.mark.parametrize("verdict", [("failed 3",), GIVEN_UP, ("done",), ("cancelled",)])
+def test_a_job_of_a_script_of_the_user_s_own_that_runs_again_is_live(
+    slurm: Slurm, folder: Callable[..., Folder], verdict: tuple[str, ...]
+) -> None:
+    run = folder()
+    run.attempt("77", *verdict)
+    assert not of(run).live
+    slurm.set("77", name="train.sbatch", state="RUNNING")
+    assert (said(run)[0], of(run).live) == ("RUNNING", True)
+
+
+def test_a_job_of_a_script_of_the_user_s_own_is_unknown_only_while_squeue_is_silent(
+    no_slurm: None, folder: Callable[..., Folder]
+) -> None:
+    run = folder()
+    attempt = run.attempt("77")
+    assert said(run) == ("UNKNOWN", "squeue: [Errno 2] No such file or directory: 'squeue'", "journal")
+    (attempt / "job").unlink()
+    assert said(run) == ("UNKNOWN", "attempt 001 does not say yet which job it is of", "attempts")
 
 
 def test_a_sweep_is_its_members(slurm: Slurm, folder: Callable[..., Folder], launch: Launch) -> None:

@@ -1,5 +1,6 @@
 """`launch submit`: what is refused leaves nothing behind, and what is queued is what was shown."""
 
+import dataclasses
 import json
 import os
 import re
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from cauc_dist import journal
+from cauc_dist import journal, recipes
+from cauc_dist.errors import BadInput
 from launch import submit as submits
+from launch.site import Site
 from tests.launch.conftest import Folder, Launch, Slurm
 
 
@@ -60,7 +63,7 @@ def test_test_only_asks_slurm_queues_nothing_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_folder_says_what_was_asked_for(slurm: Slurm, submit: Launch, tmp_path: Path) -> None:
+def test_a_run_folder_says_what_was_asked_for(slurm: Slurm, submit: Launch, store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = submit("--run", run, "--name", "mine", "--nodes", "3", "--signal-seconds", "60")
     (line,) = [json.loads(line) for line in (run / "jobs.jsonl").read_text().splitlines()]
@@ -70,7 +73,7 @@ def test_a_run_folder_says_what_was_asked_for(slurm: Slurm, submit: Launch, tmp_
     assert f"job 41 ({line['name']}), run folder {run}" in done.out
     told = json.loads((run / "launch.json").read_text())
     assert (told["resources"]["nodes"], told["resources"]["signal_seconds"]) == (3, 60)
-    assert told["site"]["shared"] == [str(tmp_path)]
+    assert told["site"]["shared"] == [str(tmp_path), str(store.parent)]
     assert json.loads((run / "provenance.json").read_text())["ranks"] == 3
     assert (run / "slurm" / "41_submitted.pkl").exists()
     assert slurm.queue["41"]["cwd"] == str(run)
@@ -84,12 +87,12 @@ def test_a_dry_run_needs_no_slurm_and_no_store(no_slurm: None, launch: Launch) -
 
 
 def test_the_environment_of_the_shell_stays_behind(
-    slurm: Slurm, submit: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slurm: Slurm, submit: Launch, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MASTER_ADDR", "RANK", "SLURM_JOB_ID", "SLURM_NTASKS", "OMP_NUM_THREADS", "PYTHONPATH", "SECRET"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("CAUC_KEPT", "1")
-    (tmp_path / "site.toml").write_text(f'shared = ["{tmp_path}"]\nkeep = ["SEC*"]\n')
+    (tmp_path / "site.toml").write_text(f'shared = ["{tmp_path}", "{store.parent}"]\nkeep = ["SEC*"]\n')
     assert submit("--run", tmp_path / "run").code == 0
     calls = slurm.calls("sbatch")
     assert len(calls) == 2  # --test-only, and the job
@@ -178,6 +181,62 @@ def test_what_only_the_real_sbatch_refuses_leaves_no_run_folder(slurm: Slurm, su
     assert not (tmp_path / "run").exists()
 
 
+TEST_ONLY = 'case " $* " in *" --test-only "*) exec "$SLURM" "$@" ;; esac'
+UNCLEAR: dict[str, tuple[str, int, str]] = {
+    "sbatch says what has no id in it": ("echo hello", 2, 'Could not make sense of sbatch output "hello"'),
+    "its socket timed out": (
+        "echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1",
+        2,
+        "sbatch: Socket timed out on send/recv operation",
+    ),
+    "sbatch is killed": ("kill -KILL $$", 2, "sbatch was ended by signal 9"),
+    "the id cannot be noted": ("mkdir jobs.jsonl; echo 'Submitted batch job 41'", 2, "[Errno 21] Is a directory: '"),
+    "ctrl-C": ("kill -INT $PPID", 130, ""),
+}
+
+
+@pytest.mark.parametrize("case", UNCLEAR)
+def test_the_folder_of_a_job_that_may_be_queued_stays(slurm: Slurm, submit: Launch, tmp_path: Path, case: str) -> None:
+    line, code, words = UNCLEAR[case]
+    slurm.instead("sbatch", TEST_ONLY, '"$SLURM" "$@" > /dev/null', line)
+    run = tmp_path / "run"
+    done = submit("--run", run)
+    name = slurm.queue["41"]["name"]
+    assert done.code == code
+    assert (run / "config.json").exists()
+    look = f"he job may be queued: `squeue --name {name}` (its folder stays)"
+    if code == 2:
+        assert done.err.startswith(f"error: sbatch was given {name}, then: {words}")
+        assert done.err.endswith(f"; wanted an id that could be noted. T{look}.\n")
+    assert look in done.out + done.err
+
+
+def test_a_name_with_blanks_is_quoted_where_it_is_to_be_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"`squeue --name 'a b'`"), submits.handed("a b", print, lambda: None):
+        raise OSError
+
+
+def test_a_store_that_a_site_s_nodes_do_not_see_is_refused(
+    slurm: Slurm, submit: Launch, store: Path, site: Path, tmp_path: Path
+) -> None:
+    site.write_text(f'shared = ["{tmp_path}"]\n')
+    done = submit("--run", tmp_path / "run")
+    assert done.code == 2
+    assert done.err == (
+        f"error: store {store}; wanted a place that all nodes see: {tmp_path.resolve()}. "
+        "Copy it there and set --data.store, or mend `shared` in the site file.\n"
+    )
+    assert not (tmp_path / "run").exists()
+    site.write_text("")
+    assert submit("--run", tmp_path / "run").code == 0
+
+
+def test_a_store_behind_a_url_is_seen_from_everywhere(tmp_path: Path) -> None:
+    run = recipes.get("demo_cauc")
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, store="s3://bucket/store.zarr"))
+    submits.check_place(run, Site(shared=(str(tmp_path),)))
+
+
 def test_without_sbatch_the_local_run_is_offered(no_slurm: None, submit: Launch, tmp_path: Path) -> None:
     done = submit("--run", tmp_path / "run")
     assert (done.code, done.err) == (
@@ -205,12 +264,14 @@ def test_the_run_folder_of_a_live_job_is_taken(slurm: Slurm, submit: Launch, fol
     )
 
 
-def test_a_run_folder_that_a_site_s_nodes_do_not_see_is_refused(slurm: Slurm, submit: Launch, tmp_path: Path) -> None:
+def test_a_run_folder_that_a_site_s_nodes_do_not_see_is_refused(
+    slurm: Slurm, submit: Launch, store: Path, tmp_path: Path
+) -> None:
     elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
     done = submit("--run", elsewhere / "run")
     assert done.code == 2
     assert done.err == (
-        f"error: run folder {elsewhere}/run; wanted a place that all nodes see: {tmp_path.resolve()}. "
+        f"error: run folder {elsewhere}/run; wanted a place that all nodes see: {tmp_path.resolve()}, {store.parent}. "
         "Choose another with --run, or mend `shared` in the site file.\n"
     )
 

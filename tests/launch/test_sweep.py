@@ -1,6 +1,7 @@
 """`launch sweep`: a grid or a list as one array, whose members keep their numbers; and what failed once more."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,11 @@ import pytest
 from submitit.core.utils import DelayedSubmission
 
 from cauc_dist import config, recipes
+from cauc_dist.errors import BadInput
+from launch import resume
+from launch import site as sites
 from launch import sweep as sweeps
+from launch.site import Resources
 from tests.launch.conftest import SMALL, Launch, Slurm
 
 GRID = ("--grid", "optim.lr=1e-3,1e-4", "objective.t=1,2")
@@ -302,6 +307,143 @@ def test_a_folder_that_is_there_is_refused(slurm: Slurm, sweep: Launch, tmp_path
     done = sweep("--seeds", "1", "--run", tmp_path / "sw")
     assert done.code == 2
     assert f"sweep folder {tmp_path}/sw exists already; wanted a new one. Run what failed there again by" in done.err
+
+
+def members(store: Path) -> list[sweeps.Member]:
+    """Two of a network of a moment."""
+    small: dict[str, Any] = {"data.store": str(store), "batch_size": 6, "encoder.width": 2, "engine.device": "cpu"}
+    return sweeps.numbered([sweeps.Member(f"seed={i}", "demo_cauc", small | {"seed": i}) for i in range(2)])
+
+
+def test_the_folder_of_a_queued_array_stays_where_nobody_listens(
+    slurm: Slurm, site: Path, store: Path, tmp_path: Path
+) -> None:
+    def say(line: str) -> None:
+        if line.startswith("array "):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        sweeps.sweep(members(store), tmp_path / "sw", Resources(), sites.read(str(site)), say=say)
+    assert sorted(slurm.queue) == ["41_0", "41_1"]
+    assert jobs(tmp_path / "sw" / "001-seed=1") == ["41_1"]
+
+
+def test_of_two_sweeps_at_a_time_one_has_the_folder(slurm: Slurm, site: Path, store: Path, tmp_path: Path) -> None:
+    folder, told, barrier = tmp_path / "sw", [], threading.Barrier(2)
+
+    def another() -> None:
+        barrier.wait()
+        try:
+            sweeps.sweep(members(store), folder, Resources(), sites.read(str(site)), say=lambda _: None)
+        except BadInput as error:
+            told.append(error.found)
+
+    both = [threading.Thread(target=another) for _ in range(2)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    assert told == [f"sweep folder {folder} exists already"]
+    assert sorted(slurm.queue) == ["41_0", "41_1"]
+    assert [jobs(run) for run in sorted(folder.glob("0*"))] == [["41_0"], ["41_1"]]
+
+
+def test_the_folder_of_an_array_that_may_be_queued_stays(
+    slurm: Slurm, sweep: Launch, launch: Launch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sw"
+    only_test = '[[ " $* " = *" --test-only "* ]] && exec "$SLURM" "$@"'
+    slurm.instead("sbatch", only_test, '"$SLURM" "$@" > /dev/null', "echo hello")
+    done = sweep("--seeds", "0", "1", "--run", folder)
+    name = slurm.queue["41_0"]["name"]
+    assert done.code == 2
+    assert f'sbatch was given {name}, then: Could not make sense of sbatch output "hello"' in done.err
+    assert f"The job may be queued: `squeue --name {name}` (its folder stays)." in done.err
+    assert (folder / "manifest.json").exists()
+    wanted = (
+        f"({name}) is PENDING, and its launch was cut off before it noted that; wanted a run folder that no job has."
+    )
+    assert f"job 41_0 {wanted}" in launch("sweep", "--rerun", folder).err
+    assert f"job 41_1 {wanted}" in launch("resume", folder / "001-seed=1").err
+    assert sorted(slurm.queue) == ["41_0", "41_1"]
+
+
+def test_a_store_that_the_nodes_do_not_see_is_refused(
+    slurm: Slurm, sweep: Launch, launch: Launch, site: Path, store: Path, tmp_path: Path
+) -> None:
+    assert sweep("--seeds", "0", "--run", tmp_path / "seen").code == 0
+    slurm.ends("41_0")
+    site.write_text(f'shared = ["{tmp_path}"]\n')
+    done = sweep("--seeds", "0", "--run", tmp_path / "sw")
+    wanted = f"member 000-seed=0: store {store}; wanted a place that all nodes see: {tmp_path.resolve()}."
+    assert wanted in done.err
+    assert not (tmp_path / "sw").exists()
+    assert wanted in launch("sweep", "--rerun", tmp_path / "seen", "--site", site).err
+
+
+@pytest.fixture
+def failed(slurm: Slurm, sweep: Launch, tmp_path: Path) -> Path:
+    """A sweep of two whose second member was cancelled."""
+    folder = tmp_path / "sw"
+    assert sweep("--seeds", "0", "1", "--run", folder).code == 0
+    slurm.ends("41_1")
+    (folder / "001-seed=1" / "cancelled").touch()
+    return folder
+
+
+AGAIN: dict[str, tuple[list[str], str]] = {
+    "no nodes": (["--nodes", "0"], "member 001-seed=1: --nodes 0; wanted 1 or more"),
+    "more ranks than a batch has subjects": (
+        ["--nodes", "4", "--ranks-per-node", "2"],
+        "member 001-seed=1: batch_size 6",
+    ),
+    "a notice that is all of the time": (["--time", "2"], "member 001-seed=1: --signal-seconds 120 of --time 2"),
+    "a notice too short for a checkpoint": (["--signal-seconds", "1"], "--signal-seconds 1 for a checkpoint of 0 MiB"),
+    "an unknown partition": (["--partition", "mian"], "invalid partition specified: mian"),
+}
+
+
+@pytest.mark.parametrize("case", AGAIN)
+def test_a_rerun_is_checked_as_a_sweep_is(slurm: Slurm, launch: Launch, failed: Path, case: str) -> None:
+    words, wanted = AGAIN[case]
+    before = (failed / "launch.json").read_bytes()
+    done = launch("sweep", "--rerun", failed, *words)
+    assert (done.code, wanted in done.err) == (2, True), done.err
+    assert (failed / "001-seed=1" / "cancelled").exists()
+    assert (failed / "launch.json").read_bytes() == before
+    assert list(slurm.queue) == ["41_0"]
+
+
+def test_a_rerun_that_sbatch_refuses_leaves_all_as_it_was(slurm: Slurm, launch: Launch, failed: Path) -> None:
+    slurm.has("full")
+    assert "QOSMaxSubmitJobPerUserLimit" in launch("sweep", "--rerun", failed).err
+    assert (failed / "001-seed=1" / "cancelled").exists()
+    assert jobs(failed / "001-seed=1") == ["41_1"]
+
+
+def test_a_rerun_notes_what_it_asked_for(slurm: Slurm, launch: Launch, failed: Path) -> None:
+    run = failed / "001-seed=1"
+    (run / "launch.json").write_bytes((failed / "launch.json").read_bytes())  # as `launch resume` leaves it
+    assert launch("sweep", "--rerun", failed, "--nodes", "3").code == 0
+    assert read(failed / "launch.json")["resources"]["nodes"] == 3
+    assert read(run / "launch.json")["resources"]["nodes"] == 3
+    assert not (failed / "000-seed=0" / "launch.json").exists()
+
+
+def test_a_rerun_and_another_launch_at_a_time_queue_one_array(slurm: Slurm, launch: Launch, failed: Path) -> None:
+    told = []
+
+    def say(line: str) -> None:
+        if not told:
+            told.extend(
+                launch(*words).err for words in (["sweep", "--rerun", failed], ["resume", failed / "001-seed=1"])
+            )
+
+    was = resume.before(failed)
+    sweeps.rerun(failed, was.resources, was.site, say=say)
+    busy = f"error: another launch is at work on {failed}; wanted one at a time. Look what it has queued, then go on.\n"
+    assert told == [busy, busy]
+    assert sorted(slurm.queue) == ["41_0", "42_1"]
 
 
 def test_a_rerun_of_what_is_no_sweep_is_refused(slurm: Slurm, launch: Launch, folder: Callable[..., Any]) -> None:
