@@ -10,11 +10,10 @@ export OMP_NUM_THREADS ?= 1
 demo: $(READY)  ## the whole chain on a synthetic cohort, about three minutes
 	$(BIN)/cauc demo --folder demo/$$(date +%Y%m%d-%H%M%S)
 
-# Tests on the real cluster wait much: beside the others they cost little time.
+# Tests on the real cluster have the machine to themselves: they wait for what takes seconds.
 test: $(READY) $(VENV)/triton  ## the whole test suite
-	$(BIN)/python -m pytest -m slurm > $(VENV)/slurm.log 2>&1 & slurm=$$!; \
-	  $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slurm"; code=$$?; \
-	  wait $$slurm || code=1; cat $(VENV)/slurm.log; exit $$code
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slurm"
+	$(BIN)/python -m pytest -m slurm
 
 # What a cluster of slurm/cluster needs; installed where that may be, else pytest and the demo say what is missing.
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core iproute2 util-linux

@@ -145,6 +145,7 @@ def lost(slurm_cluster: Cluster) -> Lost:
     cluster = slurm_cluster
     cut = cluster.submit("cut", *LONG, **TWO)
     wait_for(cut.nodes, 30, cut.told)
+    rate(cluster, "2mbit")  # so that it does not end before the other one has begun
     # What is left of the first run's nodes is taken, so that the second one is on others.
     taken = ("sbatch", "--parsable", "-w", ",".join(cut.nodes()), "-N2", "--ntasks-per-node=1", "--mem=900")
     blocker = cluster.run(*taken, "-o", "/dev/null", "--wrap", "sleep 300").strip()
@@ -154,11 +155,10 @@ def lost(slurm_cluster: Cluster) -> Lost:
             wait_for(off.nodes, 30, off.told)
             nodes = {"cut": cut.nodes(), "off": off.nodes()}
             cluster.run("scancel", blocker)
-            cut.at_step(31)
-            rate(cluster, "2mbit")  # so that it does not end before the other one has begun
             off.at_step(1)
             rate(cluster, "20mbit")
-            off.at_step(31)
+            for run in (cut, off):
+                run.at_step(31)
             cluster.cut(nodes["cut"][1])
             cluster.kill(nodes["off"][0])
             rate(cluster, "none")
