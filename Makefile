@@ -11,9 +11,9 @@ demo: $(READY)  ## the whole chain on a synthetic cohort, about three minutes
 	$(BIN)/cauc demo --folder demo/$$(date +%Y%m%d-%H%M%S)
 
 # Tests on the real cluster have the machine to themselves: they wait for what takes seconds.
-test: $(READY) $(VENV)/triton  ## the whole test suite
+test: $(READY) $(VENV)/triton  ## the test suite, but for the long ones of `make test-slurm`
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slurm"
-	$(BIN)/python -m pytest -m slurm
+	$(BIN)/python -m pytest -m "slurm and not long"
 
 # What a cluster of slurm/cluster needs; installed where that may be, else pytest and the demo say what is missing.
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core iproute2 util-linux

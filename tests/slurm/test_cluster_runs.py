@@ -52,6 +52,7 @@ def far_from_it(cluster: Cluster, run: Run) -> None:
     cluster.run("scontrol", "update", f"JobId={run.id}", "TimeLimit=10")
 
 
+@pytest.mark.long
 def test_a_run_whose_time_is_over_twice_is_requeued_twice_and_ends_as_if_it_had_never_been(
     cluster: Cluster, undisturbed: dict[int, float]
 ) -> None:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from cauc_dist import journal
 from tests.slurm.conftest import ENVIRONMENT, ROOT, TRAINING, Cluster, losses, wait_for
 
@@ -38,6 +40,7 @@ def told(run: Path) -> str:
     return "\n".join(f"--- {path}\n{path.read_text()[-2000:]}" for path in paths if path.exists())
 
 
+@pytest.mark.long
 def test_the_plain_scripts_train_as_local_ranks_and_mpirun_s_saves_and_goes_on_when_its_time_is_over(
     cluster: Cluster, undisturbed: dict[int, float]
 ) -> None:
