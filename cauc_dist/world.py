@@ -150,7 +150,7 @@ class World:
         """Answer a roll call while the rank computes: it may meet the closed sockets only at the end of its step."""
         store = self._meeting.store
         with contextlib.suppress(RuntimeError):  # the store is gone
-            while store is not None and not over.wait(0.5):
+            while store is not None and not over.wait(0.5) and not self._meeting.called:
                 if store.check([ROLL]):
                     self._note(ROLL)
                     return
@@ -198,7 +198,8 @@ class World:
                     failed.update(r for r in absent if store.check([f"{FAILED}/{r}"]))
                     absent.difference_update([r for r in absent if store.check([f"{ROLL}/{r}"])], failed)
                     time.sleep(0.05)
-                self._note(KNOWS)
+                if failed:  # else rank 0 does not wait for it, and its store may be gone
+                    self._note(KNOWS)
                 ended.set()
 
         # A thread: a frozen host's store neither answers nor fails.

@@ -155,7 +155,7 @@ import cauc_dist.train
 from cauc_dist.cli import main
 from cauc_dist.world import World
 
-def train(folder):
+def train(folder, **_):
     if World.from_env().rank != 1:
         time.sleep(1000)
     {how}
