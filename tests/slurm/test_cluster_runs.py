@@ -80,6 +80,7 @@ def test_a_run_whose_time_is_over_twice_is_requeued_twice_and_ends_as_if_it_had_
     assert [re.search(r"restarts=(\d)", (path / "job").read_text())[1] for path in run.attempts()] == ["0", "1", "2"]  # type: ignore[index]
 
 
+@pytest.mark.long
 def test_a_killed_rank_is_a_crash_from_which_the_run_goes_on_at_its_newest_checkpoint(
     cluster: Cluster, undisturbed: dict[int, float]
 ) -> None:
