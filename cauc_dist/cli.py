@@ -95,9 +95,13 @@ T = TypeVar("T")
 
 
 def _parse(kind: type[T], command: str, arguments: Sequence[str], default: T | None = None) -> T:
-    options = {} if default is None else {"default": default}
     description = STORE[command.removeprefix("store ")] if command.startswith("store ") else COMMANDS[command]
-    return tyro.cli(kind, args=arguments, prog=f"cauc {command}", description=description, **options)  # type: ignore[no-any-return, call-overload]
+    return _options(kind, f"cauc {command}", description, arguments, default)
+
+
+def _options(kind: type[T], program: str, description: str, arguments: Sequence[str], default: T | None) -> T:
+    options = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=arguments, prog=program, description=description, **options)  # type: ignore[no-any-return, call-overload]
 
 
 @dataclass(frozen=True)

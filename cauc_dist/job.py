@@ -12,7 +12,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 ATTEMPT = "CAUC_ATTEMPT"
 """The folder of this start of the job's ranks, where slurm/attempt.sh has made one."""
@@ -33,9 +33,7 @@ class Job:
     def __call__(self) -> None:
         code = work(self.run)
         if ATTEMPT in os.environ:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            _leave(code)
         if code:
             raise RuntimeError(f"the training of {self.run} ended with exit code {code} (docs/running.md)")
 
@@ -72,6 +70,13 @@ def again() -> bool:
     return Path(os.environ.get(ATTEMPT, FIRST)).name != FIRST
 
 
+def _leave(code: int) -> NoReturn:
+    """As `python -m cauc_dist.train` does: past the interpreter's teardown."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _note(what: str, text: str) -> None:
     if ATTEMPT in os.environ:
         path = Path(os.environ[ATTEMPT]) / f"rank-{os.environ['SLURM_PROCID']}.{what}"
@@ -80,7 +85,4 @@ def _note(what: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    code = work(sys.argv[1])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # as in cauc_dist.train
+    _leave(work(sys.argv[1]))

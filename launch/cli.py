@@ -56,9 +56,9 @@ def _help() -> str:
     lines += [
         "",
         "example:",
-        "  python -m launch submit demo_cauc --data.store /work/me/mine.zarr --run /work/me/runs/mine \\",
+        "  python -m launch submit demo_cauc --data.store /scratch/me/mine.zarr --run /scratch/me/runs/mine \\",
         "      --site jean-zay --nodes 2 --gpus-per-node 4 --time 10:00:00 --dry-run",
-        "  python -m launch status /work/me/runs/mine",
+        "  python -m launch status /scratch/me/runs/mine",
     ]
     return "\n".join(lines)
 
@@ -67,10 +67,7 @@ T = TypeVar("T")
 
 
 def _parse(kind: type[T], command: str, arguments: Sequence[str], default: T | None = None) -> T:
-    options = {} if default is None else {"default": default}
-    return tyro.cli(  # type: ignore[no-any-return, call-overload]
-        kind, args=arguments, prog=f"python -m launch {command}", description=COMMANDS[command], **options
-    )
+    return cauc._options(kind, f"python -m launch {command}", COMMANDS[command], arguments, default)
 
 
 @dataclass(frozen=True)

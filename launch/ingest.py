@@ -36,7 +36,7 @@ def ingest(
     A task has one process group on one node, `cpus_per_rank` workers, no GPU. `dry_run` says script and estimate.
     """
     asked, folder = absolute(asked), folder_of(asked.store)
-    _refuse(asked, tasks, throttle)
+    _refuse(asked, tasks)
     text = batch(asked, tasks, resources, site, throttle)
     if dry_run:
         say(text)
@@ -94,7 +94,7 @@ def batch(asked: cauc.Ingest, tasks: int, resources: Resources, site: Site, thro
     if asked.workers is None:
         asked = dataclasses.replace(asked, workers=r.cpus_per_rank)
     folder = folder_of(asked.store)
-    array = f"0-{tasks - 1}" + f"%{throttle}" * (throttle is not None)
+    array = script.array(f"0-{tasks - 1}", throttle)
     made = script.executor(folder, r, site, _name(asked.store), members=2, array=array)
     # submitit's own srun is unbuffered, by a terminal: a bar would fill the log.
     made.parameters |= {
@@ -147,11 +147,9 @@ def _name(store: Path) -> str:
     return script.name_of(f"ingest-{re.sub(r'[^A-Za-z0-9._-]+', '-', store.name)}", store)
 
 
-def _refuse(asked: cauc.Ingest, tasks: int, throttle: int | None) -> None:
+def _refuse(asked: cauc.Ingest, tasks: int) -> None:
     if tasks < 1:
         raise BadInput(f"--tasks {tasks}", wanted="1 or more", do="e.g. --tasks 16")
-    if throttle is not None and throttle < 1:
-        raise BadInput(f"--throttle {throttle}", wanted="1 or more at a time", do="e.g. --throttle 4")
     if asked.task != cauc.Ingest(asked.source, asked.store).task:
         raise BadInput(f"--task {asked.task}", wanted="--tasks N, of which each takes its own", do="leave --task out")
     if asked.store.exists():

@@ -16,6 +16,7 @@ from typing import Any
 import submitit
 
 import cauc_dist
+from cauc_dist.errors import BadInput
 from launch.site import Resources, Site
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +45,13 @@ def executor(
     if array:
         made.parameters["additional_parameters"]["array"] = array
     return made
+
+
+def array(tasks: str, throttle: int | None) -> str:
+    """sbatch's --array: `tasks` (0-5, or 1,3), at most `throttle` of them at a time."""
+    if throttle is not None and throttle < 1:
+        raise BadInput(f"--throttle {throttle}", wanted="1 or more at a time", do="e.g. --throttle 4")
+    return tasks if throttle is None else f"{tasks}%{throttle}"
 
 
 def text(made: Executor, members: int = 1) -> str:

@@ -246,12 +246,9 @@ def _executor(
     chosen: Sequence[Member] = (),
 ) -> script.Executor:
     """Of the array of all members, or of those chosen."""
-    if throttle is not None and throttle < 1:
-        raise BadInput(f"--throttle {throttle}", wanted="1 or more at a time", do="e.g. --throttle 4")
     which = ",".join(str(member.index) for member in chosen) or f"0-{len(members) - 1}"
-    limit = f"%{throttle}" * (throttle is not None)
     name = script.name_of(folder.name, folder)
-    return script.executor(folder, resources, site, name, members=_padded(members), array=which + limit)
+    return script.executor(folder, resources, site, name, members=_padded(members), array=script.array(which, throttle))
 
 
 def _padded(members: Sequence[Member]) -> int:
