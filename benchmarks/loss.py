@@ -86,16 +86,16 @@ def inputs(N: int, D: int, whole_years: bool = False) -> Inputs:
 # ---- dense: the equations ---------------------------------------------------------------------------------------
 
 
-def dense_weights(y: Tensor) -> Tensor:
+def dense_weights(a: Inputs) -> Tensor:
     """w (N, N): those of n subjects, repeated over views."""
-    age, sex = y.float().T
+    age, sex = a.y.to(a.z.dtype).T
     w: Tensor = torch.exp(-((age[:, None] - age) ** 2) / (2 * SIGMA**2)) * (sex[:, None] == sex)
     return w.repeat(V, V)
 
 
 def dense_cauc(a: Inputs) -> Tensor:
-    eye = torch.eye(len(a.x), dtype=torch.bool)
-    w = dense_weights(a.y)
+    eye = torch.eye(len(a.x), dtype=torch.bool, device=a.z.device)
+    w = dense_weights(a)
     d = 2 - 2 * a.x @ a.x.T
     p = w.masked_fill(eye, 0)
     p = p / p.sum(1, keepdim=True)
@@ -106,7 +106,7 @@ def dense_cauc(a: Inputs) -> Tensor:
 
 
 def dense_info_nce(x: Tensor, w: Tensor) -> Tensor:
-    eye = torch.eye(len(x), dtype=torch.bool)
+    eye = torch.eye(len(x), dtype=torch.bool, device=x.device)
     s = (x @ x.T / TAU).masked_fill(eye, -math.inf)
     p = w.masked_fill(eye, 0)
     p = p / p.sum(1, keepdim=True)
@@ -114,16 +114,16 @@ def dense_info_nce(x: Tensor, w: Tensor) -> Tensor:
 
 
 def dense_y_aware(a: Inputs) -> Tensor:
-    return dense_info_nce(a.x, dense_weights(a.y))
+    return dense_info_nce(a.x, dense_weights(a))
 
 
 def dense_supcon(a: Inputs) -> Tensor:
-    return dense_info_nce(a.x, (a.labels[:, None] == a.labels).float().repeat(V, V))
+    return dense_info_nce(a.x, (a.labels[:, None] == a.labels).to(a.z.dtype).repeat(V, V))
 
 
 def dense_ntxent(a: Inputs) -> Tensor:
     s = (a.x @ a.x.T / TAU).fill_diagonal_(-math.inf)
-    other = torch.arange(len(s)).roll(len(s) // 2)  # the own other view, V = 2
+    other = torch.arange(len(s), device=s.device).roll(len(s) // 2)  # the own other view, V = 2
     return torch.nn.functional.cross_entropy(s, other)
 
 

@@ -214,9 +214,10 @@ def _metadata(n: int) -> Tensor:
     return torch.from_numpy(np.stack([draw.uniform(6, 86, n), draw.integers(0, 2, n)], 1))
 
 
-def cohort(folder: Path, n: int, side: int) -> Path:
-    """A packed store of n subjects; 64 volumes, no two alike, come again and again."""
-    where, maps = folder / f"{n}-{side}.zarr", bench.Maps((1, side, side, side))
+def cohort(folder: Path, n: int, sides: int | tuple[int, ...]) -> Path:
+    """A packed store of n subjects; 64 volumes (cubes of a side, or of three sides), no two alike, again and again."""
+    sides = (sides,) * 3 if isinstance(sides, int) else sides
+    where, maps = folder / f"{n}-{'x'.join(map(str, sides))}.zarr", bench.Maps((1, *sides))
     volumes = [maps.volume(i) for i in range(min(n, 64))]
     age, sex = _metadata(n).numpy().T
     from_arrays(
@@ -241,13 +242,15 @@ def training(
     share = shares(run.batch_size, world.world_size)[0]
     chunks = -(-share // (chunk or share))
     span: dict[str, Any] = {"rank": world.rank, "world_size": world.world_size, "start": 0, "stop": 10**6}
-    with Loader(store, plan, **span, chunks=chunks, threads=run.data.threads, prefetch=run.data.prefetch) as batches:
+    how = {"chunks": chunks, "threads": run.data.threads, "prefetch": run.data.prefetch, "device": engine.device}
+    with Loader(store, plan, **span, **how) as batches:
         trainer = Trainer(engine, objective, run, world, Feed(batches), store.keys, chunks)
 
         def step(number: int) -> dict[str, float]:
             rows = plan.batch(number)
             ids = tuple(store.ids[i] for i in rows)
-            return trainer.step(Step(number, plan.epoch(number), LR, ids, y[torch.from_numpy(rows)]))
+            metadata = y[torch.from_numpy(rows)].to(engine.device)
+            return trainer.step(Step(number, plan.epoch(number), LR, ids, metadata))
 
         yield step
 
