@@ -4,8 +4,8 @@
     python benchmarks/train_gpu.py --table benchmarks/results/DATE-train-gpu.json   # its table again
 
 steps   a step of `Trainer` from a store (read, expand, augment, encode, loss, update), beside a plain PyTorch loop: the
-        same model, torch's AdamW, autocast, dense y-Aware loss, one batch that lies on the GPU already, nothing
-        augmented. In turn; ratios are of neighbours.
+        same network with torch's BatchNorm and AdamW, autocast, the same loss by n x n matrices, one batch that lies on
+        the GPU already, nothing augmented, watched or kept. In turn; ratios are of neighbours.
 loss    seconds of the loss alone, forward and backward, of the embeddings of that batch.
 largest from the memory of two batches the one that should just fit, and one that should not; then chunks (GradCache).
 """
@@ -23,13 +23,15 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.loss_gpu import seconds_of
 from benchmarks.step import LR, cohort, training
 from cauc_dist import bench, optimisers
 from cauc_dist.config import PRESETS, Augment, Encoder, Objective, Optim, RunConfig
 from cauc_dist.config import Engine as Settings
+from cauc_dist.encoders import recompute
+from cauc_dist.encoders.norm import BatchNorm
 from cauc_dist.engine import Engine
 from cauc_dist.losses.batch import Batch
 from cauc_dist.objective import Objective as Loss
@@ -89,7 +91,7 @@ SETTINGS = [
 
 def plain(run: RunConfig, shape: tuple[int, ...], y: Tensor) -> Callable[[], Tensor]:
     """A step of plain PyTorch on a batch that stays where it is."""
-    model = build_model(run, shape).cuda().train()
+    model = with_torchs_norm(build_model(run, shape)).cuda().train()
     optimizer = optimisers.make(run.optim, model, LR, fused=True)
     x = torch.randn(2 * run.batch_size, *shape, device="cuda")
     y = y.cuda()
@@ -103,6 +105,25 @@ def plain(run: RunConfig, shape: tuple[int, ...], y: Tensor) -> Callable[[], Ten
         return loss
 
     return step
+
+
+def with_torchs_norm(model: nn.Module) -> nn.Module:
+    """nn.BatchNorm3d in the place of ours."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, BatchNorm):
+                setattr(module, name, nn.BatchNorm3d(child.num_features))
+    return model
+
+
+def opened(run: RunConfig, store: Store, world: World) -> Engine:
+    """As `cauc_dist.train` opens it."""
+    model = build_model(run, store.shape).train()
+    if run.engine.recompute:
+        recompute(model)
+    if run.engine.compile:
+        model.encoder.compile()
+    return Engine(model, run, world, world.device("cuda"))
 
 
 def dense_cauc(z: Tensor, y: Tensor) -> Tensor:
@@ -126,8 +147,7 @@ def measure(setting: Setting, store: Store, world: World, threads: int) -> dict[
     with ExitStack() as stack:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        engine = Engine(build_model(run, store.shape).train(), run, world, torch.device("cuda"))
-        objective = Loss(run.objective, y)
+        engine, objective = opened(run, store, world), Loss(run.objective, y)
         step = stack.enter_context(training(run, engine, world, store, setting.chunk, objective))
         for k in range(2):
             step(k)
@@ -173,7 +193,7 @@ def alone(setting: Setting, store: Store, world: World, threads: int) -> dict[st
     torch.cuda.reset_peak_memory_stats()
     run = setting.run(threads)
     try:
-        engine = Engine(build_model(run, store.shape).train(), run, world, torch.device("cuda"))
+        engine = opened(run, store, world)
         objective = Loss(run.objective, torch.from_numpy(store.metadata(run.objective.columns)))
         with training(run, engine, world, store, setting.chunk, objective) as step:
             for k in range(setting.steps):
@@ -247,7 +267,7 @@ def main() -> None:
         store = Store.open(str(cohort(Path(folder), a.scans, a.side or SHAPE)))
         print(f"{a.scans} scans written in {time.perf_counter() - began:.0f} s", flush=True)
         world = World.from_env()
-        with world.process_group(torch.device("cuda"), 30.0):
+        with world.process_group(world.device("cuda"), 30.0):
             for setting in SETTINGS:
                 clean()
                 print(setting.name, flush=True)

@@ -182,6 +182,10 @@ Objectives = Literal[
     "threshold",
     "expw",
     "rank_n_contrast",
+    "calign_unif",
+    "align_cunif",
+    "cross_entropy",
+    "squared_error",
 ]
 
 
@@ -201,21 +205,31 @@ class Objective:
     alpha: float = 2.0
     """Power of the distance in the alignment terms."""
     lambda_align: float | None = None
-    """cauc and align_uniform: weight of the alignment; default: t for cauc (docs/losses.md, exact fact 1), 1 for the
-    other."""
+    """cauc, calign_unif, align_cunif and align_uniform: weight of the alignment; default: 1 for align_uniform, t for
+    the others (docs/losses.md, exact fact 1)."""
     lambda_unif: float = 1.0
+    """Weight of their uniformity."""
     normalise: Literal["row", "column"] = "row"
     """y_aware only: `column` reproduces the published code."""
+    normalise_align: Literal["row", "global"] = "row"
+    """cauc and calign_unif: each subject pulls alike, or each pair by its weight."""
+    normalise_unif: Literal["global", "row"] = "global"
+    """cauc and align_cunif: each pair repels by its weight, or each subject alike."""
     views: Literal["within", "pooled"] = "within"
-    """cauc only: uniformity over pairs of one view, or over all embeddings."""
+    """cauc, calign_unif, align_cunif and align_uniform: uniformity over pairs of one view, or over all embeddings."""
     within: str | None = None
-    """cauc only: repel only pairs that agree in this column (e.g. site), for features free of it."""
+    """cauc and align_cunif: repel only pairs that agree in this column (e.g. site), for features free of it."""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The metadata columns that a run reads, in the order of y: the kernel's, then `within`."""
         names = tuple(spec.split(":")[0] for spec in self.kernel)
         return names if self.within is None else (*names, self.within)
+
+    @property
+    def on_sphere(self) -> bool:
+        """Whether the loss takes z of unit rows; the others take it as the projector gives it."""
+        return self.name not in ("rank_n_contrast", "cross_entropy", "squared_error")
 
 
 @dataclass(frozen=True)
@@ -248,6 +262,7 @@ class Engine:
     """What DeepSpeed is asked for. Stage 1 by default: docs/design.md says what ZeRO is worth here."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
+    """What of weights, gradients and moments the ranks share out; one rank alone keeps all of it (0)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """bf16: autocast of the encoder; weights, embeddings and loss stay fp32. fp64, stage 0: for checks."""

@@ -82,7 +82,7 @@ def check(run: RunConfig, ranks: int, local: int | None = None) -> Store:
         stage_folder(run)
     y = torch.from_numpy(store.metadata(run.objective.columns)[train])
     incomplete_first = y.isnan().any(1).int().argsort(descending=True, stable=True)
-    Objective(run.objective, y).try_out(y[incomplete_first[: min(run.batch_size, 64)]])
+    Objective(run.objective, y).try_out(y[incomplete_first[: min(run.batch_size, 64)]], run.projector.out)
     with torch.device("meta"):  # no memory, no time: only whether it fits
         encoders.build(run.encoder, store.shape)
     augment.check(run.augment, store.shape)

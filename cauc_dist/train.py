@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from cauc_dist import checkpoint, encoders, memory, optimisers
 from cauc_dist.config import RunConfig
-from cauc_dist.engine import Engine
+from cauc_dist.engine import Engine, zero_stage
 from cauc_dist.errors import BAD_INPUT, LOST, NON_FINITE, STOPPED, BadInput
 from cauc_dist.journal import Journal, begun
 from cauc_dist.objective import Objective
@@ -327,7 +327,7 @@ def build_model(run: RunConfig, shape: tuple[int, ...]) -> encoders.Model:
     return encoders.Model(
         encoder,
         encoders.Projector(encoder.width, run.projector.hidden, run.projector.out),
-        normalise=run.objective.name != "rank_n_contrast",
+        normalise=run.objective.on_sphere,
         bf16=run.engine.precision == "bf16",
         channels_last=run.engine.channels_last,
     )
@@ -363,7 +363,7 @@ def derived(run: RunConfig, world: World, plan: Plan, store: Store, opened: Open
         "optimiser": run.optim.name,
         "precision": run.engine.precision,
         "parameters": opened.engine.parameters,
-        "zero_stage": run.engine.zero_stage,
+        "zero_stage": zero_stage(run, world),
         "shape": list(store.shape),
         "estimated_gib": round(opened.need.of(at_once) / memory.GIB, 3),
         "budget_gib": round(opened.budget / memory.GIB, 3),

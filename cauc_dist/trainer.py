@@ -90,15 +90,28 @@ class Trainer:
         self._exchange = open_exchange(self.run, self.run.batch_size)
         self._took = (0.0, 0.0)  # seconds of this rank's last step, for the others
         self._moments: list[encoders.Kept] = []  # of BatchNorm, in the first pass over the chunks of a step
+        self._buffers = list(self.engine.module.buffers())
+        self._before = [buffer.clone() for buffer in self._buffers]
 
     def step(self, step: Step, signal: int = 0) -> dict[str, float]:
         """One update; returns the terms of the loss on the GLOBAL batch, the same numbers on every rank.
 
-        `signal`: that by which this rank was asked to stop; every rank then has it in `asked`.
+        `signal`: that by which this rank was asked to stop; every rank then has it in `asked`. NonFinite leaves
+        parameters and BatchNorm's running statistics as they were, on every rank.
         """
+        if self._buffers:
+            torch._foreach_copy_(self._before, self._buffers)
+        try:
+            return self._step(step, signal)
+        except NonFinite:
+            if self._buffers:
+                torch._foreach_copy_(self._buffers, self._before)
+            raise
+
+    def _step(self, step: Step, signal: int) -> dict[str, float]:
         began, self.feed.wait = time.perf_counter(), 0.0
         z, sound = self._encode(step) if self.chunks == 1 else self._embed(step)  # (V, b, D), (b,)
-        if z.device.type == "cuda":
+        if z.is_cuda:
             torch.cuda.synchronize()  # what follows waits for it all the same
         encoded = time.perf_counter() - began - self.feed.wait
         exchange, kept = self._meet(sound, signal)
@@ -110,13 +123,15 @@ class Trainer:
             loss = self.objective.loss(rows, step.y, exchange)
         except NonFiniteEmbeddings as error:
             raise NonFinite(non_finite(step, error.subjects)) from None
+        watching = Beside(z.device)
         if self.chunks == 1:
             self.engine.backward([loss], 1)
         else:
             (dz,) = torch.autograd.grad(loss, z)
             self.engine.backward(self._surrogates(step, dz, sound), self.chunks)
         try:
-            geometry = self.objective.geometry(rows.detach(), step.y, exchange)
+            with watching:
+                geometry = self.objective.geometry(rows.detach(), step.y, exchange)
         except (NonFiniteEmbeddings, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             geometry = {"uniformity": float("nan")}  # it is only watched, and alike on every rank
         exchange.close()
@@ -190,6 +205,27 @@ class Trainer:
                 do="run `cauc store verify`, and restore the store",
             )
         return Once(open_exchange(self.run, int(kept.sum()), [int(rows.sum()) for rows in everyones])), kept
+
+
+class Beside:
+    """What is done within needs what the device had to do when this was made, and no more: no backward pass after it.
+
+    Numbers are waited for within, so that what memory it used is free to others afterwards.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def __enter__(self) -> None:
+        self._on = torch.cuda.stream(self._stream)
+        self._on.__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *raised: object) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._on.__exit__(*raised)
 
 
 def non_finite(step: Step, bad: Sequence[int]) -> str:

@@ -172,6 +172,14 @@ def every_objective() -> dict[str, Objective]:
         "cauc, alignment global": lambda z, y, e: losses.cauc(z, *aged(y), normalise_align="global", exchange=e),
         "cauc, within site": lambda z, y, e: losses.cauc(z, *aged(y), within=y[:, SITE], exchange=e),
         "cauc, alpha 1": lambda z, y, e: losses.cauc(z, *aged(y), alpha=1.0, lambda_align=1.0, exchange=e),
+        "calign_unif": lambda z, y, e: losses.calign_unif(z, *aged(y), exchange=e),
+        "calign_unif, alignment global, pooled": lambda z, y, e: losses.calign_unif(
+            z, *aged(y), normalise_align="global", views="pooled", exchange=e
+        ),
+        "align_cunif": lambda z, y, e: losses.align_cunif(z, *aged(y), exchange=e),
+        "align_cunif, by row, within site": lambda z, y, e: losses.align_cunif(
+            z, *aged(y), normalise_unif="row", within=y[:, SITE], exchange=e
+        ),
         "conditional alignment": lambda z, y, e: losses.conditional_alignment(z, *aged(y), exchange=e),
         "conditional alignment, global": lambda z, y, e: losses.conditional_alignment(
             z, *aged(y), normalise="global", exchange=e
@@ -183,6 +191,7 @@ def every_objective() -> dict[str, Objective]:
         "uniformity": lambda z, y, e: losses.uniformity(z, exchange=e),
         "uniformity, views pooled": lambda z, y, e: losses.uniformity(z, views="pooled", exchange=e),
         "align_uniform": lambda z, y, e: losses.align_uniform(z, exchange=e),
+        "align_uniform, views pooled": lambda z, y, e: losses.align_uniform(z, views="pooled", exchange=e),
         "ntxent": lambda z, y, e: losses.ntxent(z, exchange=e),
         "supcon": lambda z, y, e: losses.supcon(z, y[:, SITE], exchange=e),
         "decoupled": lambda z, y, e: losses.decoupled_uniformity(z, exchange=e),
@@ -191,6 +200,8 @@ def every_objective() -> dict[str, Objective]:
         "expw": lambda z, y, e: losses.expw(z, *aged(y), exchange=e),
         "expw, shifted": lambda z, y, e: losses.expw(z, *aged(y), shifted=True, exchange=e),
         "rank_n_contrast": lambda z, y, e: losses.rank_n_contrast(z, y[:, [SCORE]], exchange=e),
+        "cross_entropy": lambda z, y, e: losses.cross_entropy(z, y[:, SEX], exchange=e),
+        "squared_error": lambda z, y, e: losses.squared_error(z, (y[:, [AGE, SCORE]] - 40) / 20, exchange=e),
     }
 
 

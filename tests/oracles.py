@@ -131,6 +131,17 @@ def conditional_alignment(z: Tensor, w: Matrix, alpha: float, normalise: str) ->
     return float(sum(a / b for a, b in zip(top, mass, strict=True)) / len(e))
 
 
+def view_alignment(z: Tensor, alpha: float) -> float:
+    views: list[list[list[float]]] = z.tolist()
+    gaps = [
+        apart(a, b) ** (alpha / 2)
+        for v in range(len(views))
+        for u in range(v)
+        for a, b in zip(views[v], views[u], strict=True)
+    ]
+    return float(sum(gaps) / len(gaps))
+
+
 def sets(z: Tensor, views: str) -> list[list[list[float]]]:
     return [pooled(z)] if views == "pooled" else [view.tolist() for view in z]
 
@@ -211,3 +222,23 @@ def rank_n_contrast(z: Tensor, y: Tensor, tau: float) -> float:
                 farther = sum(math.exp(s[k]) for k in range(m) if k != i and gap[k] >= gap[j])
                 total -= math.log(math.exp(s[j]) / farther)
     return total / (m * (m - 1))
+
+
+def cross_entropy(z: Tensor, labels: Sequence[float]) -> float:
+    terms = []
+    for view in z.tolist():
+        for row, label in zip(view, labels, strict=True):
+            if not math.isnan(label):
+                terms.append(math.log(sum(math.exp(x) for x in row)) - row[int(label)])
+    return float(sum(terms) / len(terms))
+
+
+def squared_error(z: Tensor, y: Tensor) -> float:
+    terms = [
+        (answer - value) ** 2
+        for view in z.tolist()
+        for row, wanted in zip(view, y.tolist(), strict=True)
+        for answer, value in zip(row, wanted, strict=False)
+        if not math.isnan(value)
+    ]
+    return float(sum(terms) / len(terms))

@@ -249,8 +249,10 @@ def test_other_settings_of_deepspeed_are_merged(tmp_path: Path) -> None:
     given = {"comms_logger": {"enabled": False}, "zero_optimization": {"reduce_bucket_size": 1000}}
     (tmp_path / "ds.json").write_text(json.dumps(given))
     run = RunConfig(name="test", engine=Settings(zero_stage=2, deepspeed=str(tmp_path / "ds.json")))
-    told = deepspeed_config(run, World())
+    told = deepspeed_config(run, World(0, 0, 2))
     assert told["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    alone = deepspeed_config(run, World())["zero_optimization"]
+    assert alone == {"stage": 0, "reduce_bucket_size": 1000}  # nothing to share out
     assert told["comms_logger"] == {"enabled": False}
     assert told["gradient_clipping"] == 0.0
 

@@ -1,5 +1,6 @@
 """The gradient of a whole step: any number of ranks, chunks and ZeRO stages against plain autograd in one process."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import get_args
@@ -37,7 +38,9 @@ RUN = RunConfig(
 
 def of(name: str) -> RunConfig:
     """The run with that objective, and a kernel that it takes."""
-    kernel = {"supcon": ("sex:delta",), "rank_n_contrast": ("age:gaussian:5",)}.get(name, RUN.objective.kernel)
+    classes, number = ("sex:delta",), ("age:gaussian:5",)
+    own = {"supcon": classes, "cross_entropy": classes, "rank_n_contrast": number, "squared_error": number}
+    kernel = own.get(name, RUN.objective.kernel)
     return replace(RUN, objective=Objective(name=name, kernel=kernel, lambda_align=1.0, tau=0.5))  # type: ignore[arg-type]
 
 
@@ -182,6 +185,46 @@ def test_a_scan_that_changes_between_the_two_passes_is_refused() -> None:
 def test_a_step_with_less_than_two_sound_scans_is_refused() -> None:
     with pytest.raises(AssertionError, match="12 of the 13 scans of a step are damaged; wanted two sound ones"):
         run_ranks(2, step, of("cauc"), 1, (True, *(False,) * (N - 1)))
+
+
+def left_out(chunks: int) -> tuple[bool, bool]:
+    """Whether a step that is not finite leaves weights and running statistics alone; whether a sound one moves both."""
+    from cauc_dist.engine import Engine as DeepSpeed
+    from cauc_dist.train import build_model
+    from cauc_dist.trainer import Feed, NonFinite, Step, Trainer
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    run = replace(RUN, encoder=Encoder(width=2, norm="batch"))
+    x, y = scans()
+    bad = x.clone()
+    bad[N - 1, 0, 0, 0, 0] = torch.inf  # on the last rank, in its last chunk
+    start = sum(per_rank(N, world_size)[:rank])
+    cuts = np.cumsum([start, *shares(per_rank(N, world_size)[rank], chunks)])
+
+    def batches() -> Iterator[Batch]:
+        for number in (0, 1) if chunks == 1 else (0, 0, 1, 1):
+            for a, b in itertools.pairwise(cuts):
+                rows = np.arange(a, b)
+                yield Batch(number, rows, (x, bad)[number][rows], np.ones(b - a, bool), (), 0.0)
+
+    engine = DeepSpeed(build_model(run, SHAPE), run, World(rank, rank, world_size), torch.device("cpu"))
+    trainer = Trainer(engine, Loss(run.objective, y), run, engine._world, Feed(batches()), KEYS, chunks)
+    ids = tuple(f"sub-{i}" for i in range(N))
+    states = [engine.state()]
+    trainer.step(Step(0, 0, 0.1, ids, y))
+    states.append(engine.state())
+    with pytest.raises(NonFinite):
+        trainer.step(Step(1, 0, 0.1, ids, y))
+    states.append(engine.state())
+    names = [name for name in states[0] if name.startswith(("parameter/", "buffer/"))]
+    assert any(name.endswith("running_var") for name in names)
+    moved = all(not torch.equal(states[0][name], states[1][name]) for name in names if name.endswith("running_var"))
+    return all(torch.equal(states[1][name], states[2][name]) for name in names), moved
+
+
+@pytest.mark.parametrize(("world", "chunks"), [(1, 1), (2, 1), (2, 2)])
+def test_a_step_that_is_not_finite_leaves_weights_and_running_statistics_alone(world: int, chunks: int) -> None:
+    assert run_ranks(world, left_out, chunks) == [(True, True)] * world
 
 
 def test_a_batch_smaller_than_the_world_is_refused() -> None:

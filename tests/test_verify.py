@@ -410,7 +410,7 @@ def test_a_rank_that_fails_says_which_and_where(
 def test_without_a_launcher_one_process_is_a_world_of_one(capfd: pytest.CaptureFixture[str]) -> None:
     assert spawn.start(1, "--exchange", "ring", "--device", "cpu", module="cauc_dist.verify", threads=1) == 0
     out = capfd.readouterr().out
-    assert "30 objectives, 1 rank on 1 host (CPU fp32, gloo, exchange ring, torch 2." in out
+    assert "37 objectives, 1 rank on 1 host (CPU fp32, gloo, exchange ring, torch 2." in out
     assert out.endswith("against 1 process (CPU float64): all equal to 1e-05\n")
 
 

@@ -94,14 +94,15 @@ class BatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(x)
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            mean, var = (running.clone() for running in self._running) if _now.tracks else (None, None)
-            y = F.batch_norm(x, mean, var, self.weight, self.bias, training=True, momentum=self._pace, eps=self.eps)
-            self._track(mean, var)
-            return y
+            mean, var = self._running if _now.tracks else (None, None)
+            self._count()
+            return F.batch_norm(x, mean, var, self.weight, self.bias, training=True, momentum=self._pace, eps=self.eps)
         mean, var, count = self._moments(x)
         if _now.tracks:
-            now = zip(self._running, (mean, var * (count / (count - 1))), strict=True)
-            self._track(*(running.lerp(new.to(running), self._pace) for running, new in now))
+            with torch.no_grad():
+                for running, new in zip(self._running, (mean, var * (count / (count - 1))), strict=True):
+                    running.lerp_(new.to(running), self._pace)
+            self._count()
         rstd = torch.rsqrt(var + self.eps)
         return _Normalise.apply(x, self.weight, self.bias, mean, rstd, count)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -125,17 +126,8 @@ class BatchNorm(_BatchNorm):
         assert self.momentum is not None
         return self.momentum
 
-    @torch.no_grad()
-    def _track(self, *running: Tensor | None) -> None:
-        """Take (mean, unbiased variance), the same bits on every rank; what is not finite stays as it was.
-
-        A step that is not finite is left out, and running statistics would not recover from it.
-        """
-        for now, new in zip(self._running, running, strict=True):
-            if new is None:
-                return
-            now.copy_(torch.where(new.isfinite(), new, now))
-        if self.num_batches_tracked is not None:
+    def _count(self) -> None:
+        if self.num_batches_tracked is not None and _now.tracks:
             self.num_batches_tracked.add_(1)
 
 

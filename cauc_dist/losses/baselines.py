@@ -9,7 +9,7 @@ from torch import Tensor
 from cauc_dist.kernels import Kernel
 from cauc_dist.losses import terms
 from cauc_dist.losses.batch import Batch, Exchange, NonFinite, full_precision
-from cauc_dist.losses.checks import codes, embeddings, positive, spread, temperature
+from cauc_dist.losses.checks import Views, choice, codes, embeddings, positive, spread, temperature
 from cauc_dist.losses.dense import smoother
 from cauc_dist.losses.similar import Alone, Factored
 from cauc_dist.losses.terms import evaluate
@@ -41,18 +41,20 @@ def align_uniform(
     t: float = 2.0,
     lambda_align: float = 1.0,
     lambda_unif: float = 1.0,
+    views: Views = "within",
     exchange: Exchange = Batch,
 ) -> Tensor:
-    """mean_i ||z_i - z_i'||^alpha + log mean_{i<j} e^{-t d_ij} averaged over views   (Wang & Isola, arXiv 2005.10242).
+    """mean_i ||z_i - z_i'||^alpha + log mean_{i<j} e^{-t d_ij}   (Wang & Isola, arXiv 2005.10242).
 
-    Weights 1 and 1, the defaults of their released STL-10 script (for `cauc` the default is t and 1).
+    Weights 1 and 1, the defaults of their released STL-10 script (for `cauc` the default is t and 1). `views` as in
+    `uniformity`: averaged over views, as they do, or of all pairs.
     """
     positive(alpha=alpha)
     spread(t)
+    choice("views", views, "within", "pooled")
     z, batch = embeddings(z, views=2, exchange=exchange)
-    return evaluate(
-        z, batch, (lambda_align, terms.view_alignment(alpha)), (lambda_unif, terms.uniformity(t, pooled=False))
-    )
+    unif = terms.uniformity(t, views == "pooled")
+    return evaluate(z, batch, (lambda_align, terms.view_alignment(alpha)), (lambda_unif, unif))
 
 
 @full_precision()

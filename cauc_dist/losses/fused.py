@@ -7,9 +7,9 @@ A program owns BM rows and one run of the columns, of which it takes BN at a tim
 the device, and more where they do not. Memory: what is returned, once a run. No atomics: the same input, device and
 version give the same bits. Indices into x are 64-bit.
 
-Precision: fp32 in and out. Products are three TF32 products each ("tf32x3", fp32 to about an ulp); plain TF32 has
-errors of 1e-3 in a cosine and is not offered. Sums by row are compensated (Kahan). G and the sums of `pull` are plain
-fp32 sums of tiles, each of which is summed by itself first.
+Precision: fp32 in and out. A product is six of bf16 parts ("bf16x6", on Hopper) or three of TF32 parts ("tf32x3"), fp32
+to about an ulp either way; plain TF32 has errors of 1e-3 in a cosine and is not offered. Sums by row are compensated
+(Kahan). G and the sums of `pull` are plain fp32 sums of tiles, each of which is summed by itself first.
 
 On the CPU only in Triton's interpreter, for tests: TRITON_INTERPRET=1 in the environment before this is imported.
 """
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-Precision = Literal["tf32x3", "ieee"]
+Precision = Literal["tf32x3", "bf16x6", "ieee"]
 LOG2E = 1.0 / math.log(2.0)
 WIDEST = 256  # of x
 MOST = 4  # columns of u
@@ -63,21 +63,39 @@ class Tile:
     stages: int
 
 
-# By padded D. Of the tiles tried, large ones that spill no register on sm_80 and sm_90 where D is a multiple of 4,
-# whatever is known of the sides (tests/losses/test_fused.py holds it), and of which no part is computed by two warps.
-# Not tuned for time: nothing here has been measured on a GPU.
-EXP_SUMS = {
-    16: Tile(64, 32, 16, 4, 2),
-    32: Tile(64, 32, 16, 4, 2),
-    64: Tile(64, 32, 32, 4, 2),
-    128: Tile(32, 64, 32, 8, 2),
-    256: Tile(16, 64, 32, 8, 2),
+# By padded D. tf32x3: of the tiles tried, large ones that spill no register on sm_80 and sm_90 where D is a multiple of
+# 4, whatever is known of the sides (tests/losses/test_fused.py holds it), and of which no part is computed by two
+# warps; not tuned for time. bf16x6: the fastest of those tried on an H200 (docs/log.md, 2026-11-27).
+EXP_SUMS: dict[Precision, dict[int, Tile]] = {
+    "tf32x3": {
+        16: Tile(64, 32, 16, 4, 2),
+        32: Tile(64, 32, 16, 4, 2),
+        64: Tile(64, 32, 32, 4, 2),
+        128: Tile(32, 64, 32, 8, 2),
+        256: Tile(16, 64, 32, 8, 2),
+    },
+    "bf16x6": {
+        16: Tile(128, 64, 16, 4, 2),
+        32: Tile(128, 64, 16, 8, 1),
+        64: Tile(64, 64, 64, 4, 1),
+        128: Tile(128, 64, 128, 8, 1),
+        256: Tile(128, 64, 128, 8, 1),
+    },
 }
-PULL = {width: replace(tile, columns=tile.columns // 2) for width, tile in EXP_SUMS.items()}
+PULL: dict[Precision, dict[int, Tile]] = {
+    "tf32x3": {width: replace(tile, columns=tile.columns // 2) for width, tile in EXP_SUMS["tf32x3"].items()},
+    "bf16x6": {
+        16: Tile(128, 32, 16, 4, 1),
+        32: Tile(128, 32, 32, 4, 1),
+        64: Tile(128, 32, 64, 4, 1),
+        128: Tile(64, 32, 128, 4, 1),
+        256: Tile(64, 32, 128, 4, 1),
+    },
+}
 
 
 def exp_sums(
-    rows: Side, cols: Side, kappa: float, grad: bool, precision: Precision = "tf32x3"
+    rows: Side, cols: Side, kappa: float, grad: bool, precision: Precision | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """S_i = sum_j v_ij e^{kappa x_i.x_j} (m,), the mass sum_j v_ij (m,), G_i = sum_j v_ij e^{kappa x_i.x_j} x_j (m, D).
 
@@ -91,7 +109,7 @@ def exp_sums(
     return S, mass, G
 
 
-def pull(rows: Side, cols: Side, precision: Precision = "tf32x3") -> tuple[Tensor, Tensor]:
+def pull(rows: Side, cols: Side, precision: Precision | None = None) -> tuple[Tensor, Tensor]:
     """sum_j w_ij (a_i + a_j) x_j (m, D) and sum_j w_ij (m,), over the embeddings j of other subjects.
 
     Without `subject`: over the other embeddings. No factor of a without scale. `site` plays no part.
@@ -112,18 +130,19 @@ def usable(z: Tensor) -> bool:
 
 def _launch(
     kernel: Any,
-    tiles: dict[int, Tile],
+    tiles: dict[Precision, dict[int, Tile]],
     rows: Side,
     cols: Side,
     out: Sequence[tuple[int, ...] | None],
-    precision: Precision,
+    precision: Precision | None,
     *numbers: float,
 ) -> list[Any]:
     """What the kernel sums for each row, of the shapes `out` a row; None for None."""
     _check(rows, cols)
     (m, D), n = rows.x.shape, len(cols.x)
     width = max(16, triton.next_power_of_2(D))
-    tile = tiles[width]
+    precision = precision or _precision(rows.x.device)
+    tile = tiles["bf16x6" if precision == "bf16x6" else "tf32x3"][width]
     runs, span = _cut(m, n, tile, _processors(rows.x.device))
     parts = [None if shape is None else rows.x.new_zeros((runs, m, *shape)) for shape in out]
     if m and n:
@@ -156,6 +175,15 @@ def _cut(m: int, n: int, tile: Tile, processors: int) -> tuple[int, int]:
     runs = max(1, min(wanted, n // (8 * tile.columns)))
     span = max(1, -(-n // (runs * tile.columns))) * tile.columns
     return max(1, -(-n // span)), span
+
+
+def _precision(device: torch.device) -> Precision:
+    """The faster of those that keep fp32, as far as that was measured."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return "tf32x3"
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return "bf16x6" if "bf16x6" in CUDAOptions.allowed_dot_input_precisions else "tf32x3"
 
 
 def _processors(device: torch.device) -> int:

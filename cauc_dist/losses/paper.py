@@ -144,6 +144,56 @@ def cauc(
     return evaluate(z, batch, (lambda_unif, unif), (t if lambda_align is None else lambda_align, align))
 
 
+def calign_unif(
+    z: Tensor,
+    y: Tensor,
+    kernel: Kernel,
+    t: float = 2.0,
+    alpha: float = 2.0,
+    lambda_align: float | None = None,
+    lambda_unif: float = 1.0,
+    normalise_align: Literal["row", "global"] = "row",
+    views: Views = "within",
+    exchange: Exchange = Batch,
+) -> Tensor:
+    """lambda_align * conditional alignment + lambda_unif * uniformity: `cauc` with c = 1   (ours, for comparison).
+
+    lambda_align defaults to t, as for `cauc`.
+    """
+    spread(t)
+    choice("views", views, "within", "pooled")
+    z, batch = embeddings(z, exchange=exchange)
+    y = metadata(y, batch)
+    align = _alignment(batch, y, Weights(kernel, y, z.dtype), alpha, normalise_align)
+    unif = terms.uniformity(t, views == "pooled")
+    return evaluate(z, batch, (lambda_unif, unif), (t if lambda_align is None else lambda_align, align))
+
+
+def align_cunif(
+    z: Tensor,
+    y: Tensor,
+    kernel: Kernel,
+    t: float = 2.0,
+    alpha: float = 2.0,
+    lambda_align: float | None = None,
+    lambda_unif: float = 1.0,
+    normalise_unif: Literal["global", "row"] = "global",
+    views: Views = "within",
+    within: Tensor | None = None,
+    exchange: Exchange = Batch,
+) -> Tensor:
+    """lambda_align * mean_i ||z_i - z_i'||^alpha + lambda_unif * conditional uniformity   (ours, for comparison).
+
+    Only a subject's own views attract. lambda_align defaults to t, as for `cauc`.
+    """
+    positive(alpha=alpha)
+    z, batch = embeddings(z, views=2, exchange=exchange)
+    weights = Weights(kernel, metadata(y, batch), z.dtype)
+    unif = _uniformity(batch, weights, t, normalise_unif, views, within)
+    align = terms.view_alignment(alpha)
+    return evaluate(z, batch, (lambda_unif, unif), (t if lambda_align is None else lambda_align, align))
+
+
 def geometry(
     z: Tensor,
     y: Tensor | None = None,
@@ -180,6 +230,6 @@ def _gram(z: Tensor) -> Tensor:
 
 def effective_rank(gram: Tensor) -> float:
     """exp of the entropy of the singular values, as shares of their sum (Roy & Vetterli 2007), from Z^T Z (D, D)."""
-    singular = torch.linalg.eigvalsh(gram.double()).clamp_min(0).sqrt()
+    singular = torch.linalg.eigvalsh(gram.double().cpu()).clamp_min(0).sqrt()  # a GPU takes longer for so few numbers
     shares = singular / singular.sum()
     return float(torch.special.entr(shares).sum().exp())

@@ -7,14 +7,18 @@ from torch import Tensor
 
 from cauc_dist.kernels import Kernel, delta, gaussian, product
 from cauc_dist.losses import (
+    align_cunif,
     align_uniform,
+    calign_unif,
     cauc,
     conditional_alignment,
     conditional_uniformity,
+    cross_entropy,
     decoupled_uniformity,
     expw,
     ntxent,
     rank_n_contrast,
+    squared_error,
     supcon,
     threshold,
     uniformity,
@@ -40,6 +44,8 @@ TILED: dict[str, Loss] = {
     ),
     "conditional_uniformity_of_a_sex": lambda z, y, k: conditional_uniformity(z, y, k, within=y[:, 1].nan_to_num(0.0)),
     "cauc": cauc,
+    "calign_unif": calign_unif,
+    "align_cunif": align_cunif,
     "ntxent": lambda z, y, k: ntxent(z),
     "supcon": lambda z, y, k: supcon(z, y[:, 1]),
     "view_alignment": lambda z, y, k: align_uniform(z, alpha=3.0, lambda_unif=0.0),
@@ -57,9 +63,15 @@ DENSE: dict[str, Loss] = {
     "rank_n_contrast": lambda z, y, k: rank_n_contrast(z, y.nan_to_num(25.0)),
 }
 
-EVERY = TILED | DENSE
+SUPERVISED: dict[str, Loss] = {
+    "cross_entropy": lambda z, y, k: cross_entropy(z, y[:, 1]),
+    "squared_error": lambda z, y, k: squared_error(z, y),
+}
+
+ON_SPHERE = TILED | DENSE
+EVERY = ON_SPHERE | SUPERVISED
 WITHOUT_KERNEL = ["uniformity", "uniformity_pooled", "ntxent", "supcon", "view_alignment", "align_uniform"]
-WITHOUT_KERNEL += ["align_uniform_alpha_1", "decoupled", "rank_n_contrast"]
+WITHOUT_KERNEL += ["align_uniform_alpha_1", "decoupled", "rank_n_contrast", *SUPERVISED]
 WITH_KERNEL = [name for name in EVERY if name not in WITHOUT_KERNEL]
 
 

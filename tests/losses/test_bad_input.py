@@ -11,16 +11,20 @@ from torch import Tensor
 
 from cauc_dist.kernels import cauchy, delta, gaussian, product
 from cauc_dist.losses import (
+    align_cunif,
     align_uniform,
+    calign_unif,
     cauc,
     conditional_alignment,
     conditional_uniformity,
+    cross_entropy,
     decoupled_uniformity,
     expw,
     geometry,
     loss_and_grad,
     ntxent,
     rank_n_contrast,
+    squared_error,
     supcon,
     threshold,
     uniformity,
@@ -59,7 +63,7 @@ def test_z_of_another_shape_or_of_fewer_than_two_subjects_is_refused(name: str) 
         refused(lambda n=n: EVERY[name](torch.zeros(2, n, 4), y[:n], kernel), wanted)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("loss", [ntxent, align_uniform])
+@pytest.mark.parametrize("loss", [ntxent, align_uniform, lambda z: align_cunif(z, IDS, delta())])
 def test_objectives_whose_only_positive_is_the_other_view_want_two(loss: Callable[[Tensor], Tensor]) -> None:
     refused(lambda: loss(oracles.unit(1, 6, 4)), "z has 1 view(s); wanted at least 2 of each subject")
 
@@ -68,7 +72,7 @@ def test_z_without_a_view_is_refused() -> None:
     refused(lambda: uniformity(torch.zeros(0, 6, 4)), "z has 0 view(s); wanted at least 1 of each subject")
 
 
-@pytest.mark.parametrize("name", [*FREE_Y, "rank_n_contrast"])
+@pytest.mark.parametrize("name", [*FREE_Y, "rank_n_contrast", "squared_error"])
 def test_y_of_another_number_of_subjects_is_refused(name: str) -> None:
     for y in (torch.zeros(5, 2), torch.zeros(12, 2), torch.tensor(1.0)):
         message = f"y has shape {tuple(y.shape)}; wanted one row for each of 6 subjects"
@@ -96,6 +100,34 @@ OTHER: dict[str, tuple[Call, str]] = {
     "labels of cauc": (
         lambda: cauc(Z, IDS, delta(), within=IDS[:3, 0]),
         "labels have shape (3,); wanted (6,): one label a subject",
+    ),
+    "labels of align_cunif": (
+        lambda: align_cunif(Z, IDS, delta(), within=IDS[:3, 0]),
+        "labels have shape (3,); wanted (6,): one label a subject",
+    ),
+    "labels of cross_entropy": (
+        lambda: cross_entropy(Z, IDS),
+        "labels have shape (6, 1); wanted (6,): one label a subject",
+    ),
+    "more classes than columns": (
+        lambda: cross_entropy(Z, IDS[:, 0]),
+        "label 4; wanted a class code of 0 to 3, a column of z each",
+    ),
+    "half a class": (
+        lambda: cross_entropy(Z, IDS[:, 0] / 2),
+        "label 0.5; wanted a class code of 0 to 3, a column of z each",
+    ),
+    "a class below 0": (
+        lambda: cross_entropy(Z, -IDS[:, 0]),
+        "label -1; wanted a class code of 0 to 3, a column of z each",
+    ),
+    "more numbers than columns": (
+        lambda: squared_error(Z, IDS.expand(6, 5)),
+        "y has shape (6, 5); wanted (n, k) with k at most 4, the width of z",
+    ),
+    "flat y to answer": (
+        lambda: squared_error(Z, IDS[:, 0]),
+        "y has shape (6,); wanted (n, k) with k at most 4, the width of z",
     ),
     "kernel without y": (
         lambda: decoupled_uniformity(Z, kernel=delta()),
@@ -132,10 +164,14 @@ POSITIVE: list[tuple[str, Callable[[float], object]]] = [
     ("t", lambda x: conditional_uniformity(Z, IDS, delta(), x)),
     ("t", lambda x: cauc(Z, IDS, delta(), x)),
     ("t", lambda x: align_uniform(Z, t=x)),
+    ("t", lambda x: calign_unif(Z, IDS, delta(), x)),
+    ("t", lambda x: align_cunif(Z, IDS, delta(), x)),
     ("t", lambda x: decoupled_uniformity(Z, t=x)),
     ("alpha", lambda x: conditional_alignment(Z, IDS, delta(), x)),
     ("alpha", lambda x: cauc(Z, IDS, delta(), alpha=x)),
     ("alpha", lambda x: align_uniform(Z, x)),
+    ("alpha", lambda x: calign_unif(Z, IDS, delta(), alpha=x)),
+    ("alpha", lambda x: align_cunif(Z, IDS, delta(), alpha=x)),
     ("lam", lambda x: decoupled_uniformity(Z, IDS, delta(), lam=x)),
     ("sigma", gaussian),
     ("gamma", cauchy),
@@ -172,6 +208,8 @@ def test_temperatures_beyond_float64_are_refused_with_the_limit_and_those_at_it_
         lambda x: conditional_uniformity(Z, IDS, delta(), x),
         lambda x: cauc(Z, IDS, delta(), x),
         lambda x: align_uniform(Z, t=x),
+        lambda x: calign_unif(Z, IDS, delta(), x),
+        lambda x: align_cunif(Z, IDS, delta(), x),
         lambda x: decoupled_uniformity(Z, t=x),
     ]
     for loss in spread:
@@ -189,6 +227,11 @@ WORDS: list[tuple[Call, str]] = [
     (lambda: uniformity(Z, views=WRONG), "views is 'wrong'; wanted within or pooled"),
     (lambda: conditional_uniformity(Z, IDS, delta(), views=WRONG), "views is 'wrong'; wanted within or pooled"),
     (lambda: cauc(Z, IDS, delta(), views=WRONG), "views is 'wrong'; wanted within or pooled"),
+    (lambda: align_uniform(Z, views=WRONG), "views is 'wrong'; wanted within or pooled"),
+    (lambda: calign_unif(Z, IDS, delta(), views=WRONG), "views is 'wrong'; wanted within or pooled"),
+    (lambda: align_cunif(Z, IDS, delta(), views=WRONG), "views is 'wrong'; wanted within or pooled"),
+    (lambda: calign_unif(Z, IDS, delta(), normalise_align=WRONG), "normalise is 'wrong'; wanted row or global"),
+    (lambda: align_cunif(Z, IDS, delta(), normalise_unif=WRONG), "normalise is 'wrong'; wanted global or row"),
 ]
 
 
