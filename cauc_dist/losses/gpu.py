@@ -35,7 +35,7 @@ class Known(NamedTuple):
 
 def usable(batch: Batch, kappa: float = 1.0, weights: "Weights | None" = None) -> bool:
     """Whether the kernels apply: fp32 on an NVIDIA GPU, D <= 256, kappa <= 40, and metadata that they know."""
-    if not batch.z.is_cuda and os.environ.get("TRITON_INTERPRET") != "1" or len(batch.z) * batch.n < SMALLEST:
+    if (not batch.z.is_cuda and os.environ.get("TRITON_INTERPRET") != "1") or len(batch.z) * batch.n < SMALLEST:
         return False
     try:
         from cauc_dist.losses import fused
