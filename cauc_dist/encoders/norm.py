@@ -94,7 +94,8 @@ class BatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(x)
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            mean, var = self._running if _now.tracks else (None, None)
+            # Copies, not None: recomputing a block must save as many tensors as its first pass did.
+            mean, var = (running if _now.tracks else running.clone() for running in self._running)
             self._count()
             return F.batch_norm(x, mean, var, self.weight, self.bias, training=True, momentum=self._pace, eps=self.eps)
         mean, var, count = self._moments(x)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cauc_dist.encoders.blocks import Blocks, recompute
 from cauc_dist.encoders.norm import BatchNorm, Kept, frozen, groups, norm
 from cauc_dist.gather import AllGathered
 from tests.ranks import run_ranks
@@ -240,3 +241,23 @@ def test_a_second_pass_over_the_same_rows_has_the_same_bits_and_meets_nobody_on_
         assert (forward, backward, forward_again, backward_again) == (2, 2, 0, 2)
         for name, tensor in once.items():
             assert torch.equal(tensor, again[name]), name
+
+
+def recomputed() -> bool:
+    """Whether blocks that are computed twice have gradients and running statistics of the same bits."""
+    rank, found = dist.get_rank(), []
+    for again in (False, True):
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Conv2d(2, 4, 3), BatchNorm(4), nn.ReLU(), nn.Conv2d(4, 4, 3), BatchNorm(4))
+        net = nn.Sequential(Blocks(block))
+        if again:
+            recompute(net)
+        x = torch.randn(5, 2, 8, 8, generator=torch.Generator().manual_seed(1))[2 * rank : 2 * rank + 2 + rank]
+        net(x).square().sum().backward()
+        found.append([*(p.grad for p in net.parameters()), *net.buffers()])
+    return all(torch.equal(once, twice) for once, twice in zip(*found, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_blocks_with_batch_norm_can_be_recomputed(world: int) -> None:
+    assert run_ranks(world, recomputed) == [True] * world
