@@ -1,7 +1,8 @@
 """From a plan to batches: threads read ahead of the step, and what they read does not depend on them.
 
 b scans of this rank, row_shape a scan as stored, (c, *spatial) a volume. Memory: a ring of prefetch + 1 batches, made
-once; with CUDA of rows as stored, in pinned memory, which are expanded on the GPU.
+once; with CUDA of rows as stored, in pinned memory, which are expanded on the GPU. Images and table rows of a store
+that is small stay in memory as they come: a batch of them is then one copy.
 """
 
 import threading
@@ -9,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
@@ -24,6 +25,10 @@ from cauc_dist.stream.plan import Plan, Rows, per_rank, shares
 from cauc_dist.stream.values import Expand, Normalise, Values, Volumes, values
 
 OnDamage = Literal["raise", "skip"]
+RUN = 256 * 1024
+"""Bytes of rows that a thread reads at a time: handing it each image or row of a table would cost more than reading."""
+SMALL_ROW, SMALL_STORE = 64 * 1024, 1 << 30
+"""Bytes up to which the rows of a store are kept once they were read."""
 
 
 class Batch(NamedTuple):
@@ -58,7 +63,8 @@ class _Reading:
     step: int
     rows: Rows
     slot: _Slot
-    scans: list[Future[None]] = field(default_factory=list)
+    runs: list[Future[list[Exception | None]]]
+    """What went wrong with each of its rows, in order."""
 
 
 class ReadAhead:
@@ -88,6 +94,12 @@ class ReadAhead:
         if on_damage not in ("raise", "skip"):
             raise BadInput(f"on_damage {on_damage!r}", wanted="raise or skip", do="Use one of the two")
         self._store, self._jobs, self._size, self._on_damage = store, iter(jobs), size, on_damage
+        row_bytes = max(1, int(np.prod(store.row_shape)) * store.dtype.itemsize)
+        self._run = max(1, min(-(-size // threads), RUN // row_bytes))
+        n = len(store.ids) if row_bytes <= SMALL_ROW and row_bytes * len(store.ids) <= SMALL_STORE else 0
+        # Of pages that nobody has written to yet, none takes memory.
+        self._kept = np.empty((n, *store.row_shape), store.dtype) if n else None
+        self._has = np.zeros(n, bool)
         self._device = device or torch.device("cpu")
         self._on_gpu = self._device.type == "cuda"
         self._expand = Expand(store, values, self._device)
@@ -123,19 +135,19 @@ class ReadAhead:
         reading = self._ahead.popleft()
         started = time.perf_counter()
         sound, damaged = np.ones(len(reading.rows), bool), []
-        for j, (row, scan) in enumerate(zip(reading.rows, reading.scans, strict=True)):
-            try:
-                scan.result()
-            except Exception as error:
-                if self._on_damage == "skip" and isinstance(error, Damaged):
-                    sound[j] = False
-                    # It still goes through the encoder, and 0 times NaN is NaN in a gradient.
-                    reading.slot.memory[j].zero_()
-                    reading.slot.backgrounds[j] = np.nan
-                    damaged.append(error.found)
-                    continue
-                self.close()
-                raise _named(error, self._store.ids[row], reading.step) from error
+        errors = [error for run in reading.runs for error in run.result()]
+        for j, error in enumerate(errors):
+            if error is None:
+                continue
+            if self._on_damage == "skip" and isinstance(error, Damaged):
+                sound[j] = False
+                # It still goes through the encoder, and 0 times NaN is NaN in a gradient.
+                reading.slot.memory[j].zero_()
+                reading.slot.backgrounds[j] = np.nan
+                damaged.append(error.found)
+                continue
+            self.close()
+            raise _named(error, self._store.ids[reading.rows[j]], reading.step) from error
         wait = time.perf_counter() - started
         self._used = reading.slot
         out = self._out(reading)
@@ -162,10 +174,9 @@ class ReadAhead:
             slot = self._free.pop() if self._free else self._new_slot()
             if slot.uploaded is not None:
                 slot.uploaded.synchronize()
-            reading = _Reading(step, rows, slot)
-            read = self._read_stored if self._as_stored else self._read_expanded
-            reading.scans = [self._pool.submit(read, int(row), j, slot) for j, row in enumerate(rows)]
-            self._ahead.append(reading)
+            starts = range(0, len(rows), self._run)
+            runs = [self._pool.submit(self._read, rows[j : j + self._run], j, slot) for j in starts]
+            self._ahead.append(_Reading(step, rows, slot, runs))
 
     def _new_slot(self) -> _Slot:
         shape = self._store.row_shape if self._as_stored else self._store.shape
@@ -173,12 +184,40 @@ class ReadAhead:
         memory = torch.empty((self._size, *shape), dtype=kind, pin_memory=self._on_gpu)
         return _Slot(memory, np.full((self._size, self._store.shape[0]), np.nan))
 
+    def _read(self, rows: Rows, start: int, slot: _Slot) -> list[Exception | None]:
+        """Rows into the places from `start` on; an error belongs to its row, and the others are read all the same."""
+        if self._kept is not None and self._as_stored and self._has[rows].all():
+            np.take(self._kept, rows, axis=0, out=slot.memory[start : start + len(rows)].numpy(), mode="clip")
+            return [None] * len(rows)
+        read = self._read_stored if self._as_stored else self._read_expanded
+        errors: list[Exception | None] = []
+        for j, row in enumerate(rows.tolist(), start):
+            try:
+                read(row, j, slot)
+                errors.append(None)
+            except Exception as error:  # it comes out at the step that it belongs to
+                errors.append(error)
+        return errors
+
     def _read_stored(self, row: int, j: int, slot: _Slot) -> None:
-        self._store.read_into(row, slot.memory[j].numpy())
+        out = slot.memory[j].numpy()
+        raw = self._stored(row, out)
+        if raw is not out:
+            out[...] = raw
+
+    def _stored(self, row: int, out: NDArray[Any]) -> NDArray[Any]:
+        """A row as stored: read into `out`, or where it is kept."""
+        if self._kept is None:
+            self._store.read_into(row, out)
+            return out
+        if not self._has[row]:
+            self._store.read_into(row, self._kept[row])
+            self._has[row] = True  # two threads may both have read it, which harms nobody
+        return self._kept[row]  # type: ignore[no-any-return]
 
     def _read_expanded(self, row: int, j: int, slot: _Slot) -> None:
         raw, values = self._buffers()
-        self._store.read_into(row, raw)
+        raw = self._stored(row, raw)
         out = slot.memory[j]
         if self._store.mask is not None:
             background = self._expand.values.background[row]

@@ -18,6 +18,7 @@ from cauc_dist.config import Augment
 from cauc_dist.errors import BadInput
 from cauc_dist.store.ingest import Settings, ingest
 from cauc_dist.store.reader import Damaged, Store
+from cauc_dist.stream import loader as module
 from cauc_dist.stream.loader import Batch, Loader, chunks, read_all
 from cauc_dist.stream.plan import Plan
 from cauc_dist.stream.values import values
@@ -255,13 +256,36 @@ def test_a_ring_of_prefetch_and_one_batches_is_all_the_memory(many: Store, expan
     assert len(set(places)) == 4
 
 
-def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(many: Store) -> None:
+def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(many: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SMALL_ROW", 0)  # every batch is read
     slow = Slow(many)
     with Loader(slow, plan_of(many, 4), rank=0, world_size=1, start=0, stop=18, prefetch=1, threads=3) as loader:
         for k, batch in enumerate(loader):
             kept = batch.volumes.clone()
             assert slow.wait_for(4 * min(18, k + 2))  # all that is read ahead has been read
             assert torch.equal(batch.volumes, kept)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("expand", [True, False])
+def test_small_rows_are_read_once_and_are_the_same_bits_ever_after(
+    stores: dict[str, Store], name: str, expand: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(stores[name])
+
+    def epochs(store: Any) -> list[torch.Tensor]:
+        plan = plan_of(stores[name], 4)
+        span: dict[str, Any] = {"rank": 0, "world_size": 1, "start": 0, "stop": 3 * plan.steps_per_epoch}
+        how = {"normalise": "none", "expand": expand, "threads": 1}
+        with Loader(store, plan, **span, **how) as batches:
+            return [batch.volumes.clone() for batch in batches]
+
+    kept = epochs(slow)
+    row_bytes = np.prod(slow.row_shape) * slow.dtype.itemsize
+    assert {slow.begun.count(row) for row in slow.begun} == {1 if row_bytes <= module.SMALL_ROW else 3}
+    monkeypatch.setattr(module, "SMALL_STORE", 0)
+    for ours, read in zip(kept, epochs(stores[name]), strict=True):
+        assert torch.equal(ours, read)
 
 
 def test_threads_overlap_their_reads(many: Store) -> None:
