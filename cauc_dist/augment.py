@@ -115,7 +115,9 @@ def _each(v: Tensor, f: Callable[[Tensor, int], Tensor]) -> Tensor:
 def _flip(v: Tensor, u: Floats, augment: Augment) -> Tensor:
     """Mirrored along one of `flip_axes`."""
     axes = np.array(augment.flip_axes)[_integers(u[:, 0], len(augment.flip_axes))]
-    return _each(v, lambda one, i: one.flip(1 + int(axes[i])))
+    for axis in set(augment.flip_axes):
+        v = _where(axes == axis, v, u, lambda v, u, axis=axis: v.flip(2 + axis))  # type: ignore[misc]
+    return v
 
 
 def _affine(v: Tensor, u: Floats, augment: Augment) -> Tensor:

@@ -626,20 +626,6 @@ def test_views_keep_the_dtype_and_carry_no_gradient(dtype: torch.dtype) -> None:
     assert not out.requires_grad
 
 
-def test_a_view_of_48_cubed_takes_few_milliseconds_on_one_core() -> None:
-    x, threads = sample((1, 48, 48, 48), 16, dtype=torch.float32), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        seconds = []
-        for epoch in range(3):
-            start = time.process_time()
-            views(x, range(16), seed=0, epoch=epoch, augment=every((1, 48, 48, 48), 0.5, views=2))
-            seconds.append((time.process_time() - start) / 32)
-    finally:
-        torch.set_num_threads(threads)
-    assert min(seconds) < 5e-3  # about 1e-3
-
-
 # --- refusals
 
 
