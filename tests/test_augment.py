@@ -4,7 +4,6 @@ import colorsys
 import dataclasses
 import itertools
 import math
-import time
 from collections.abc import Callable
 from typing import Any, get_args
 
