@@ -27,8 +27,10 @@ COMMANDS = {
     "train": "pre-train an encoder: a recipe (or a run's config.json), any field overridden, on --ranks processes",
     "resume": "go on with a run from its newest sound checkpoint",
     "probe": "linear probes of frozen features on held-out subjects, beside an untrained encoder",
+    "embed": "the representations of every scan of a store, by a run or an exported encoder, as npz and tsv",
     "export": "the encoder of a run's newest sound checkpoint, alone, for cauc_dist.load_encoder",
     "report": "one HTML page: the probe table and the curves of one or several runs",
+    "reproduce": "a study: methods x seeds x splits, each run once, then one table with intervals, tests and figures",
     "verify": "on this machine, every objective on --ranks processes against one: value and gradient",
     "bench": "bench data: how fast scans are read, beside other ways of reading them",
 }
@@ -591,6 +593,36 @@ def _export(arguments: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True)
+class Embed:
+    source: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Run folder, or one of `cauc export`."""
+    out: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Folder to make: embeddings.npz and embeddings.tsv."""
+    store: str | None = None
+    """For an exported encoder: the store to embed."""
+    ranks: int | None = None
+    """Processes on this machine; default: 1, or those that srun, mpiexec or torchrun started."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: as the run was trained; one GPU a rank where there is CUDA, else the CPU."""
+
+
+def _embed(arguments: Sequence[str]) -> int:
+    options = _parse(Embed, "embed", arguments)
+    from cauc_dist.world import World
+
+    world = World.from_env()
+    ranks = _ranks(options.ranks, world)
+    chosen = [str(options.source), str(options.out), "--device", options.device]
+    chosen += ["--store", options.store] if options.store else []
+    from cauc_dist import embed, spawn
+
+    if world.world_size > 1:
+        return embed.main(chosen)
+    embed.check(options.source, options.out, options.store, options.device, ranks)
+    return spawn.start(ranks, *chosen, module="cauc_dist.embed")
+
+
+@dataclass(frozen=True)
 class Report:
     runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN ...")]
     """Run folders, compared on one page."""
@@ -608,6 +640,45 @@ def _report(arguments: Sequence[str]) -> int:
     report(_some(options.runs), options.out, options.table)
     print(f"wrote {options.out}")
     return 0
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    study: Annotated[Positional[str], tyro.conf.arg(metavar="NAME")]
+    """A study: docs/reproduce.md lists them with their endpoints."""
+    seeds: int | None = None
+    """Run the first so many; default: all of the study's."""
+    methods: tuple[str, ...] = ()
+    """Run only these; default: all."""
+    folder: Path | None = None
+    """Runs, logs and results; default: runs/NAME. What is done there is not done again."""
+    store: Path | None = None
+    """The study's store; default: FOLDER/store.zarr. One that is missing is made from the data."""
+    data: Path | None = None
+    """Folder of the real data; default: $CAUC_DATA."""
+    jobs: int | None = None
+    """Members at a time, a process each; default: the cores."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Default: as the study says. Members share the GPU."""
+    only: Literal["all", "check", "tables"] = "all"
+    """check: the store, and manifest.json for `python -m launch reproduce`; tables: results of what is done."""
+
+
+def _reproduce(arguments: Sequence[str]) -> int:
+    options = _parse(Reproduce, "reproduce", arguments)
+    for name in ("seeds", "jobs"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise BadInput(f"--{name} {value}", wanted="1 or more", do=f"e.g. --{name} 1")
+    from cauc_dist import studies
+
+    study = studies.get(options.study)
+    from cauc_dist.reproduce import page, reproduce
+
+    asked = {**vars(options), "study": study, "folder": options.folder or Path("runs") / study.name}
+    found = reproduce(**asked, say=_say)
+    if found:
+        print(page.markdown(found))
+    return int(bool(found and found["failed"]))
 
 
 def _writable(out: Path | None) -> None:

@@ -157,8 +157,9 @@ class Encoder:
     """From a volume (c, X, Y, Z), an image (c, X, Y) or a table row (c,) to a representation h."""
 
     name: Literal["cnn3d", "densenet121_3d", "resnet18_3d", "resnet18_2d", "mlp"] = "cnn3d"
-    width: int = 16
-    """Channels of the first stage (cnn3d) or units of a hidden layer (mlp); the others have a published width."""
+    width: int | None = None
+    """Channels of the first stage (cnn3d; the resnets, where 64 is published) or units of a hidden layer (mlp). None:
+    as published, and 16 for cnn3d and mlp. densenet121_3d has no other than its own."""
     norm: Literal["published", "batch", "group"] = "published"
     """`group` needs no other sample; `batch` is synchronised over ranks, so that W ranks equal one process.
     `published`: batch for densenet121_3d and the resnets, group for cnn3d and mlp (ours)."""
@@ -234,7 +235,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Optim:
-    """No decay on norms and biases; linear warm-up, then cosine to zero (or constant)."""
+    """No decay on norms and biases; linear warm-up, then cosine to zero (or constant, or steps down)."""
 
     name: Literal["adamw", "adam", "sgd", "lars"] = "adamw"
     """adam: weight decay as an L2 term in the gradient, as published code has it. lars: layer-wise rates for batches of
@@ -250,7 +251,10 @@ class Optim:
     momentum: float = 0.9
     """sgd and lars."""
     warmup_epochs: float = 1.0
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
+    step_epochs: int = 10
+    """step: the rate is multiplied by `step_factor` each time that so many epochs, warm-up included, are over."""
+    step_factor: float = 0.9
     clip_norm: float = 0.0
     """Clip the global gradient norm; 0: off."""
     ema: float = 0.0

@@ -276,6 +276,13 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
+def forget_groups() -> None:
+    """DeepSpeed keeps the groups of a process group that is over; without them another may begin in this process."""
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references()
+
+
 def _import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, quiet, and without the C++ op that it would compile on CPUs (a minute, or a crash without c++)."""
     if device.type == "cpu":

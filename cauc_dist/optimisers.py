@@ -66,11 +66,16 @@ def peak_lr(optim: Optim, batch_size: int) -> float:
 
 
 def learning_rate(optim: Optim, peak: float, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """Linear warm-up from 0 to `peak` over `warmup_epochs`, then a half cosine to 0 at the end, or constant."""
+    """Linear warm-up from 0 to `peak` over `warmup_epochs`, then a half cosine to 0 at the end, constant, or in steps.
+
+    In steps: peak * step_factor ^ floor(epoch / step_epochs), epochs counted from the run's first.
+    """
     warmup = optim.warmup_epochs * steps_per_epoch
     if step < warmup:
         return peak * min(1.0, (step + 1) / max(1.0, warmup))
     if optim.schedule == "constant":
         return peak
+    if optim.schedule == "step":
+        return float(peak * optim.step_factor ** (step // (optim.step_epochs * steps_per_epoch)))
     done = (step - warmup) / max(1.0, epochs * steps_per_epoch - warmup)
     return peak * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))

@@ -158,6 +158,8 @@ def _check_numbers(run: RunConfig) -> None:
         "optim.lr": 0,
         "optim.weight_decay": 0,
         "optim.warmup_epochs": 0,
+        "optim.step_epochs": 1,
+        "optim.step_factor": 0,
         "optim.clip_norm": 0,
         "engine.threads": 0,
         "engine.start_minutes": 0.1,

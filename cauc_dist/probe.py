@@ -233,13 +233,23 @@ def newest(config: RunConfig, store: Store, say: Callable[[str], None] = lambda 
 
 
 @torch.no_grad()
-def embed(config: RunConfig, store: Store, rows: NDArray[np.int64], saved: Saved | None, *, chunk: int = 32) -> Array:
+def embed(
+    config: RunConfig,
+    store: Store,
+    rows: NDArray[np.int64],
+    saved: Saved | None,
+    *,
+    chunk: int = 32,
+    world: World | None = None,
+) -> Array:
     """Representations h (before the projector) of those scans, in that order: (len(rows), width) float64.
 
     With the weights of a checkpoint (their moving average, where that was kept); None: those that the run began from.
+    `world`: where several ranks embed a share each; their device and threads.
     """
-    torch.set_num_threads(config.engine.threads or cores())
-    device = World().device("cpu" if config.engine.device == "cpu" else "auto")
+    world = world or World()
+    torch.set_num_threads(config.engine.threads or max(1, cores() // world.local_size))
+    device = world.device("cpu" if config.engine.device == "cpu" else "auto")
     model = build_model(config, store.shape)
     if saved is not None:
         checkpoint.load_module(model, saved.tensors, ema=True)

@@ -52,7 +52,7 @@ def start(ranks: int, *arguments: str, module: str = "cauc_dist.train", threads:
     with _hearing() as heard:
         try:
             for rank in range(ranks):
-                env = _environment(rank, ranks, store.port if store else 0, threads or max(1, cores() // ranks))
+                env = environment(rank, ranks, store.port if store else 0, threads or max(1, cores() // ranks))
                 processes.append(subprocess.Popen(command, env=env, start_new_session=True))
             told = _watch(processes, heard)
         finally:
@@ -72,7 +72,7 @@ def start(ranks: int, *arguments: str, module: str = "cauc_dist.train", threads:
     return codes[rank] if codes[rank] >= 0 else 128 - codes[rank]
 
 
-def _environment(rank: int, ranks: int, port: int, threads: int) -> dict[str, str]:
+def environment(rank: int, ranks: int, port: int, threads: int) -> dict[str, str]:
     """What a rank inherits: its place, threads, the loopback (the run stays on this machine), and malloc's habits.
 
     By default glibc maps and unmaps every activation anew and the kernel zeroes its pages each time: a third of the

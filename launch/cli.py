@@ -28,6 +28,7 @@ COMMANDS = {
     "cancel": "end a run's job; its ranks save first",
     "resume": "a run's job once more, from its newest sound checkpoint",
     "sweep": "a recipe over a grid of overrides, as one array",
+    "reproduce": "the runs of a study that are missing, as one array",
     "ingest": "make a store by the tasks of an array",
 }
 
@@ -152,6 +153,28 @@ def _sweep(arguments: Sequence[str]) -> int:
         members = sweep.grid(arguments[0], asked.config, asked.grid, asked.seeds)
         folder = asked.config.run or Path("runs") / f"{asked.config.name}-sweep"
     sweep.sweep(members, folder, asked.resources, sites.read(asked.site), **_how(asked))
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduce(Array):
+    study: Annotated[Positional[str], tyro.conf.arg(metavar="NAME")]
+    """As for `cauc reproduce`, and the same below."""
+    seeds: int | None = None
+    methods: tuple[str, ...] = ()
+    folder: Path | None = None
+    """On a disk that every node sees; default: runs/NAME."""
+    store: Path | None = None
+    data: Path | None = None
+
+
+def _reproduce(arguments: Sequence[str]) -> int:
+    from launch.reproduce import reproduce
+
+    resources = sites.read(_named("site", arguments)).resources
+    asked = _parse(Reproduce, "reproduce", arguments, Reproduce(study=tyro.MISSING, resources=resources))
+    chosen = {name: getattr(asked, name) for name in ("seeds", "methods", "store", "data")}
+    reproduce(asked.study, asked.folder, asked.resources, sites.read(asked.site), **chosen, **_how(asked))
     return 0
 
 

@@ -51,11 +51,6 @@ def test_peak_memory_is_that_of_what_is_encoded_at_once(store: str) -> None:
     assert max(parts["peak_bytes"]) < min(whole["peak_bytes"]) / 3
 
 
-def test_a_step_at_once_and_in_chunks_are_timed_in_turn(store: str) -> None:
-    found = step.world_of(Point("chunks", side=32, batch=8, chunk=2, rounds=2, store=store))
-    assert {name: len(seconds) for name, seconds in found["seconds"].items()} == {"whole": 2, "chunks": 2}
-
-
 def test_what_cannot_run_says_why() -> None:
     found = step.world_of(Point("memory", store="no such store"))
     assert "no such store" in found["not_run"]

@@ -268,9 +268,11 @@ def plain_adamw() -> tuple[list[float], list[Tensor]]:
     return norms, [p.detach() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_three_steps_under_deepspeed_equal_three_steps_of_one_process(stage: int, world: int) -> None:
+@pytest.mark.parametrize(
+    ("world", "stage"),
+    [(1, 0), *((world, stage) for world in (2, 3) for stage in range(4)), (4, 1)],  # one rank has no stages
+)
+def test_three_steps_under_deepspeed_equal_three_steps_of_one_process(world: int, stage: int) -> None:
     norms, parameters = plain_adamw()
     for found_norms, found in run_ranks(world, through_the_engine, stage):
         assert found_norms == pytest.approx(norms, rel=1e-5)

@@ -243,8 +243,10 @@ except BadInput as error:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize(("victim", "agent"), [(1, False), (0, False), (0, True)])
+@pytest.mark.parametrize(
+    ("number", "victim", "agent"),
+    [(signal.SIGKILL, 1, False), (signal.SIGKILL, 0, False), (signal.SIGSTOP, 0, False), (signal.SIGSTOP, 0, True)],
+)
 def test_the_others_say_which_rank_was_killed_or_frozen(number: signal.Signals, victim: int, agent: bool) -> None:
     from torch.distributed import TCPStore
 
@@ -336,18 +338,6 @@ def hosts(tmp_path: Path) -> Iterator[list[Host]]:
             subprocess.run([*host.enter, "ip", "addr", "add", f"10.77.0.{i}/24", "dev", f"v{i}"], check=True)
             subprocess.run([*host.enter, "ip", "link", "set", f"v{i}", "up"], check=True)
         yield two
-
-
-def test_four_tasks_of_slurm_on_two_hosts_whose_own_names_are_127_0_1_1_train_as_one(
-    hosts: list[Host], options: list[str], one: list[float], tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    with ExitStack() as stack:
-        command = [*CAUC, "train", *options, "--run", str(run)]
-        ranks = [begin(stack, *hosts[r // 2].enter, *command, **step(r, 4, "n[1-2]", 2)) for r in range(4)]
-        said = [process.communicate(timeout=SECONDS) for process in ranks]
-    assert [process.returncode for process in ranks] == [0] * 4, said
-    assert curve(run) == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
 def test_mpiexec_on_two_hosts_trains_as_one(

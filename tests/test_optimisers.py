@@ -120,6 +120,15 @@ def test_the_rate_warms_up_then_falls_as_a_half_cosine() -> None:
     assert learning_rate(dataclasses.replace(optim, schedule="constant"), 2.0, 59, 5, 12) == 2.0
 
 
+def test_the_rate_steps_down_after_every_so_many_epochs() -> None:
+    optim = Optim(warmup_epochs=0, schedule="step", step_epochs=10, step_factor=0.9)
+    rates = [learning_rate(optim, 2.0, step, 7, 30) for step in range(7 * 30)]
+    assert rates == pytest.approx([2.0] * 70 + [1.8] * 70 + [1.62] * 70)
+    warmed = [learning_rate(dataclasses.replace(optim, warmup_epochs=12), 2.0, step, 7, 30) for step in range(7 * 30)]
+    assert warmed[:84] == pytest.approx([2.0 * (i + 1) / 84 for i in range(84)])
+    assert warmed[84:] == rates[84:]
+
+
 @pytest.mark.parametrize("warmup", [0, 0.01, 0.5, 1.1, 2.9])
 def test_a_warm_up_that_ends_within_an_epoch_does_not_overshoot(warmup: float) -> None:
     rates = [learning_rate(Optim(warmup_epochs=warmup), 2.0, step, 50, 12) for step in range(600)]

@@ -40,14 +40,18 @@ def build(encoder: config.Encoder, in_shape: tuple[int, ...]) -> Network:
     """The encoder that `encoder` names, for samples of in_shape = (c, *spatial); its `.width` is the width of h.
 
     Weights come from torch's global generator: the same after the same torch.manual_seed.
-    BadInput where the name is unknown, the width is not positive, or the samples have other axes than the encoder
-    takes or are too small for its strides.
+    BadInput where the name is unknown, the width is not positive or not to be chosen, or the samples have other axes
+    than the encoder takes or are too small for its strides.
     """
     if encoder.name not in _KINDS:
         raise BadInput(f"encoder {encoder.name!r}", wanted="a known encoder", do=nearest(encoder.name, _KINDS))
-    if encoder.width < 1:
-        raise BadInput(f"encoder.width {encoder.width}", wanted="1 or more", do="Set encoder.width, e.g. 16")
     kind = _KINDS[encoder.name]
+    width = kind.width if encoder.width is None else encoder.width
+    if width < 1:
+        raise BadInput(f"encoder.width {width}", wanted="1 or more", do="Set encoder.width, e.g. 16")
+    if encoder.name == "densenet121_3d" and width != kind.width:
+        found, wanted = f"encoder.width {width} of {encoder.name}", f"the published {kind.width}"
+        raise BadInput(found, wanted=wanted, do="Leave encoder.width out")
     if not kind.fits(in_shape):
         fitting = [name for name, other in _KINDS.items() if other.fits(in_shape)]
         raise BadInput(
@@ -55,11 +59,7 @@ def build(encoder: config.Encoder, in_shape: tuple[int, ...]) -> Network:
             wanted=kind.wants(),
             do=f"Use {' or '.join(fitting)}" if fitting else "No encoder takes such samples: ingest larger ones",
         )
-    return kind.make(encoder, in_shape[0])
-
-
-def _norm(encoder: config.Encoder, published: Norm) -> Norm:
-    return published if encoder.norm == "published" else encoder.norm
+    return kind.make(in_shape[0], width, kind.norm if encoder.norm == "published" else encoder.norm)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,12 @@ class _Kind:
     """Spatial axes of a sample."""
     smallest: int
     """Shortest side with more than one voxel left where the last stride falls (no voxel left below it: DenseNet)."""
-    make: Callable[[config.Encoder, int], Network]
+    width: int
+    """Where none is asked for."""
+    norm: Norm
+    """The published one."""
+    make: Callable[[int, int, Norm], Network]
+    """Of c, width and norm."""
 
     def fits(self, in_shape: tuple[int, ...]) -> bool:
         return len(in_shape) == 1 + self.axes and all(side >= self.smallest for side in in_shape[1:])
@@ -82,9 +87,9 @@ class _Kind:
 
 
 _KINDS = {
-    "cnn3d": _Kind(3, 9, lambda e, c: CNN3d(c, e.width, _norm(e, "group"))),
-    "densenet121_3d": _Kind(3, 29, lambda e, c: DenseNet121(c, _norm(e, "batch"))),
-    "resnet18_3d": _Kind(3, 17, lambda e, c: ResNet18(3, c, _norm(e, "batch"))),
-    "resnet18_2d": _Kind(2, 5, lambda e, c: ResNet18(2, c, _norm(e, "batch"))),
-    "mlp": _Kind(0, 0, lambda e, c: MLP(c, e.width, _norm(e, "group"))),
+    "cnn3d": _Kind(3, 9, 16, "group", CNN3d),
+    "densenet121_3d": _Kind(3, 29, 64, "batch", lambda c, width, norm: DenseNet121(c, norm)),
+    "resnet18_3d": _Kind(3, 17, 64, "batch", lambda c, width, norm: ResNet18(3, c, norm, width)),
+    "resnet18_2d": _Kind(2, 5, 64, "batch", lambda c, width, norm: ResNet18(2, c, norm, width)),
+    "mlp": _Kind(0, 0, 16, "group", MLP),
 }

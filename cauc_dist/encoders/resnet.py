@@ -12,13 +12,14 @@ from cauc_dist.encoders.blocks import Blocks
 from cauc_dist.encoders.norm import norm
 from cauc_dist.encoders.pool import mean_pool
 
-STAGES = (64, 128, 256, 512)  # channels; two blocks each, the first block of all stages but the first halves the sides
+PUBLISHED = 64  # channels of the first stage
+STAGES = (1, 2, 4, 8)  # times as many; two blocks each, the first block of all stages but the first halves the sides
 
 Norm = Literal["batch", "group"]
 
 
 class ResNet18(nn.Module):
-    """(B, c, *spatial) -> h (B, 512), fp32.
+    """(B, c, *spatial) -> h (B, 8 w), fp32, of w = 64 channels in the first stage as published, or another number.
 
     He et al., arXiv 1512.03385: stem, four stages of two basic blocks, global average pooling; no biases in them.
     `axes=3`: each square kernel becomes a cube, stem 7x7x7 stride 2 and max-pooling 3 stride 2 (33,160,000 parameters
@@ -27,21 +28,21 @@ class ResNet18(nn.Module):
     Filters start normal with variance 2 / fan-out (arXiv 1502.01852).
     """
 
-    def __init__(self, axes: Literal[2, 3], channels: int, kind: Norm) -> None:
+    def __init__(self, axes: Literal[2, 3], channels: int, kind: Norm, width: int = PUBLISHED) -> None:
         super().__init__()
         if axes == 3:
             self.stem = nn.Sequential(
-                nn.Conv3d(channels, STAGES[0], 7, stride=2, padding=3, bias=False),
-                norm(kind, STAGES[0]),
+                nn.Conv3d(channels, width, 7, stride=2, padding=3, bias=False),
+                norm(kind, width),
                 nn.ReLU(inplace=True),
                 nn.MaxPool3d(3, stride=2, padding=1),
             )
         else:
             self.stem = nn.Sequential(
-                nn.Conv2d(channels, STAGES[0], 3, padding=1, bias=False), norm(kind, STAGES[0]), nn.ReLU(inplace=True)
+                nn.Conv2d(channels, width, 3, padding=1, bias=False), norm(kind, width), nn.ReLU(inplace=True)
             )
-        blocks, before = [], STAGES[0]
-        for after in STAGES:
+        blocks, before = [], width
+        for after in (times * width for times in STAGES):
             blocks += [_Block(axes, before, after, kind), _Block(axes, after, after, kind)]
             before = after
         self.blocks = Blocks(*blocks)

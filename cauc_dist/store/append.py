@@ -72,21 +72,41 @@ def append(
 
 def add_column(store: Path, name: str, labels: Sequence[str]) -> None:
     """A column of texts, one for each usable scan in the order of `Store.ids`; readers see it when it is whole."""
+    add_columns(store, {name: labels})
+
+
+def add_columns(store: Path, columns: Mapping[str, Sequence[str] | Floats]) -> None:
+    """Columns of texts ("": missing) or of numbers (NaN: missing), as `add_column`: all of them, or none."""
     with Workplace.open(store, (0, 1), grows=True) as place, room(store):
         old = Old.read(store)
         if (begun := place.begun()) is not None and begun["rows"] == old.n:
             do = "Give the command of that append again first"
             raise BadInput(f"{store} has an unfinished append", wanted="a store at rest", do=do)
-        if name in old.attributes["columns"]:
-            do = "Choose another name; what a run was trained on must not change"
-            raise BadInput(f"{store} has a column {name}", wanted="a new one", do=do)
-        levels, codes = np.unique(labels, return_inverse=True)
-        values = np.full(old.n, np.nan)
-        values[old.used] = codes
-        columns, metadata = [*old.columns, Column(name, "category", tuple(levels.tolist()))], [*old.metadata, values]
-        rows.write(store, old.rows, columns, metadata)
-        rows.commit(store, {**old.attributes, "columns": [column.name for column in columns]})
+        for name in columns:
+            if name in old.attributes["columns"]:
+                do = "Choose another name; what a run was trained on must not change"
+                raise BadInput(f"{store} has a column {name}", wanted="a new one", do=do)
+        all_columns, metadata = list(old.columns), list(old.metadata)
+        for name, entries in columns.items():
+            column, known = _column(name, entries)
+            values = np.full(old.n, np.nan)
+            values[old.used] = known
+            all_columns.append(column)
+            metadata.append(values)
+        rows.write(store, old.rows, all_columns, metadata)
+        rows.commit(store, {**old.attributes, "columns": [column.name for column in all_columns]})
         place.remove()
+
+
+def _column(name: str, entries: Sequence[str] | Floats) -> tuple[Column, Floats]:
+    """The column with its values or codes."""
+    if isinstance(entries, np.ndarray):
+        return Column(name, "number"), entries
+    levels, codes = np.unique(entries, return_inverse=True)
+    known = levels != ""
+    return Column(name, "category", tuple(levels[known].tolist())), np.where(known, np.cumsum(known) - 1.0, np.nan)[
+        codes
+    ]
 
 
 FIFTHS = 5  # of a column of numbers, where a split is to have its share of each

@@ -32,7 +32,7 @@ def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def make(name: str, norm: str = "group", width: int = 16, shape: tuple[int, ...] | None = None, seed: int = 0):
+def make(name: str, norm: str = "group", width: int | None = None, shape: tuple[int, ...] | None = None, seed: int = 0):
     torch.manual_seed(seed)
     return build(config.Encoder(name=name, norm=norm, width=width), shape or SHAPES[name])
 
@@ -73,10 +73,10 @@ def test_densenet_pools_what_the_last_block_gives_without_another_norm() -> None
     assert torch.allclose(encoder(x), features.clamp_min(0).sum((2, 3, 4)) / 4, rtol=1e-5, atol=1e-6)
 
 
-def resnet_parameters(channels: int, stem: int, axes: int) -> int:
+def resnet_parameters(channels: int, stem: int, axes: int, w: int = 64) -> int:
     """Stem; a stage: four 3^axes convolutions (one widens), a 1x1 shortcut where it widens, norms."""
-    total = channels * 64 * stem**axes + 2 * 64 + 4 * 64 * 64 * 3**axes + 4 * 2 * 64
-    for before, after in pairwise((64, 128, 256, 512)):
+    total = channels * w * stem**axes + 2 * w + 4 * w * w * 3**axes + 4 * 2 * w
+    for before, after in pairwise((w, 2 * w, 4 * w, 8 * w)):
         total += (before * after + 3 * after * after) * 3**axes + before * after + 5 * 2 * after
     return total
 
@@ -85,6 +85,8 @@ def resnet_parameters(channels: int, stem: int, axes: int) -> int:
 def test_resnets_have_the_parameters_of_the_architecture(norm: str) -> None:
     assert parameters(make("resnet18_3d", norm)) == resnet_parameters(1, 7, 3) == 33_160_000
     assert parameters(make("resnet18_2d", norm)) == resnet_parameters(3, 3, 2) == 11_168_832
+    assert parameters(make("resnet18_2d", norm, width=8)) == resnet_parameters(3, 3, 2, 8)
+    assert make("resnet18_3d", norm, width=8).width == 64
 
 
 def residual_network(x: Tensor, weights: dict[str, Tensor], axes: int) -> Tensor:
@@ -263,6 +265,8 @@ def test_an_unknown_name_and_an_empty_width_are_refused() -> None:
         make("cnn3", shape=(1, 24, 24, 24))
     with pytest.raises(BadInput, match=r"encoder\.width 0"):
         make("cnn3d", width=0)
+    with pytest.raises(BadInput, match=r"encoder\.width 32 of densenet121_3d; wanted the published 64"):
+        make("densenet121_3d", width=32)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,280 @@
+"""One member of a study: train it (or go on), embed, score; its folder holds scores.json when it is done.
+
+H features of an embedding, n subjects of the training part, m held out.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cauc_dist import durable, journal, probe, scores, train
+from cauc_dist.config import RunConfig, to_json
+from cauc_dist.errors import BAD_INPUT, BadInput
+from cauc_dist.prepare import load, parts, prepare
+from cauc_dist.scores import Predicted
+from cauc_dist.store.reader import Store
+from cauc_dist.stream.loader import read_all
+from cauc_dist.stream.values import values
+from cauc_dist.study import Member, Study, Target
+
+SCORES = "scores.json"
+VERSION = 1
+"""Of scores.json: one of another version is made again from the checkpoint."""
+FEW_FEATURES = 4096
+"""Raw volumes of more are rotated onto their principal axes, which ridge does not notice."""
+
+Floats = NDArray[np.float64]
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Picklable: what the process of a member does."""
+
+    study: Study
+    member: Member
+    run: RunConfig
+    folder: Path
+
+    def __call__(self) -> int:
+        try:
+            if self.member.arm in self.study.arms and (code := trained(self.run, self.folder)):
+                return code
+            record = scored(self.study, self.member, self.run, self.folder)
+        except (BadInput, OSError) as error:
+            print(f"error: {error}")
+            return BAD_INPUT
+        self.folder.mkdir(parents=True, exist_ok=True)
+        durable.replace(self.folder / SCORES, (json.dumps(finite(record), allow_nan=False) + "\n").encode())
+        return 0
+
+
+def trained(run: RunConfig, folder: Path) -> int:
+    """Train, or go on from the newest checkpoint; the exit code of `cauc train`."""
+    if not (folder / "config.json").exists():
+        prepare(dataclasses.replace(run, run=folder), 1)
+    same(run, folder)
+    if any(event["event"] == "end" for event in journal.read(folder)):
+        return 0
+    return train.main(str(folder))
+
+
+def same(run: RunConfig, folder: Path) -> None:
+    """BadInput where the folder's run has other settings than these, but for where it ran and its store's path."""
+    then, now = (json.loads(to_json(_bare(one))) for one in (load(folder), run))
+    if then != now:
+        different = sorted(_different(then, now))
+        raise BadInput(
+            f"{folder} was made with other settings ({', '.join(different)})",
+            wanted="runs of one study in one folder",
+            do="remove that run, or choose another --folder",
+        )
+
+
+def _bare(run: RunConfig) -> RunConfig:
+    engine = dataclasses.replace(run.engine, device="auto", threads=0)
+    return dataclasses.replace(run, run=None, name="", engine=engine, data=dataclasses.replace(run.data, store=""))
+
+
+def _different(then: dict[str, Any], now: dict[str, Any], above: str = "") -> list[str]:
+    found: list[str] = []
+    for name, value in now.items():
+        if isinstance(value, dict) and isinstance(then.get(name), dict):
+            found += _different(then[name], value, f"{above}{name}.")
+        elif then.get(name) != value:
+            found.append(above + name)
+    return found
+
+
+def scored(study: Study, member: Member, run: RunConfig, folder: Path) -> dict[str, Any]:
+    """The record of scores.json: every target by every probe, on the member's held-out subjects."""
+    store = Store.open(run.data.store)
+    evaluation = study.evaluation(member.evaluation)
+    split = dataclasses.replace(run.data, split=evaluation.column(member.seed, member.fold))
+    fit, held = parts(dataclasses.replace(run, data=split), store)
+    x, step = features(study, member, run, folder, store, fit, held)
+    confound = raw_feature(store, study.confound) if study.confound else None
+    asked = Asked(study, member, store, x, fit, held, confound)
+    return {
+        "version": VERSION,
+        "study": study.name,
+        "member": dataclasses.asdict(member),
+        "step": step,
+        "fingerprint": store.fingerprint,
+        "n_train": len(fit),
+        "n_test": len(held),
+        "held_out": [store.ids[i] for i in held],
+        "effective_rank": {"train": effective_rank(x[: len(fit)]), "held_out": effective_rank(x[len(fit) :])},
+        "geometry": _geometry(folder),
+        "targets": {target.column: asked.of(target) for target in study.targets},
+    }
+
+
+def features(
+    study: Study, member: Member, run: RunConfig, folder: Path, store: Store, fit: Rows, held: Rows
+) -> tuple[Floats, int | None]:
+    """(n + m, H) of a trained, untrained or raw representation, and the step of its training."""
+    rows = np.concatenate([fit, held])
+    kind, _, name = member.arm.partition(":")
+    if member.arm in study.arms:
+        config = load(folder)
+        data = dataclasses.replace(config.data, store=run.data.store)
+        config = dataclasses.replace(config, engine=run.engine, data=data)
+        saved = probe.newest(config, store, print)
+        return probe.embed(config, store, rows, saved), saved.step
+    if kind == "untrained":
+        return probe.embed(run, store, rows, None), 0
+    if kind == "feature":
+        return raw_feature(store, name)[rows], None
+    if kind == "column":
+        return one_hot(store, name)[rows], None
+    given = values(store, run.data.normalise, fit)
+    if int(np.prod(store.shape)) > FEW_FEATURES:
+        return probe.voxel_features(store, rows, len(fit), given), None
+    return read_all(store, rows, given).flatten(1).double().numpy(), None
+
+
+def raw_feature(store: Store, name: str) -> Floats:
+    """(N, 1): one feature of a table, as it is in the store; BadInput where the table has no such feature."""
+    names = store.attributes["sources"][0].get("features") or ()
+    if name not in names:
+        raise BadInput(f"no feature {name!r} in {store.where}", wanted="one of the table's", do="mend the study")
+    k = list(names).index(name)
+    return np.array([[store.volume(i)[k]] for i in range(len(store))])
+
+
+def one_hot(store: Store, name: str) -> Floats:
+    """(N, levels) of a column of texts, (N, 1) of numbers; a missing entry is the mean, or no level."""
+    column, y = store.column(name), store.metadata([name])[:, 0]
+    if column.kind == "category":
+        return np.stack([(y == k).astype(float) for k in range(len(column.levels))], 1)
+    return np.where(np.isnan(y), np.nanmean(y), y)[:, None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the probes of a member are given."""
+
+    study: Study
+    member: Member
+    store: Store
+    x: Floats
+    fit: Rows
+    held: Rows
+    confound: Floats | None
+
+    def of(self, target: Target) -> dict[str, Any]:
+        """A target by all probes, with the truth and its subjects (places in `held_out`); unknown ones are left out."""
+        y = self.store.metadata([target.column])[:, 0]
+        known = np.flatnonzero(~np.isnan(y[self.held]))
+        probes = {
+            name: {
+                **told(target, predicted),
+                **self._within(target, predicted, known),
+                "fitted": int((~np.isnan(labels)).sum()),
+            }
+            for name, labels, predicted in self._predictions(target, y, known)
+        }
+        return {
+            "tag": self.study.tag(self.member.arm, target.column),
+            "metric": target.metric,
+            "at": known.tolist(),
+            "truth": rounded(y[self.held][known]),
+            "probes": {**probes, **self._few(target, y, known)},
+        }
+
+    def _predictions(self, target: Target, y: Floats, known: Rows) -> list[tuple[str, Floats, Predicted]]:
+        """(probe, labels that it was fitted on, what it says of the known held-out subjects)."""
+        n = len(self.fit)
+        x, x_test, labels, truth = self.x[:n], self.x[n:][known], y[self.fit], y[self.held][known]
+        linear, knn = probe_of(target), scores.knn_classify if target.of_classes else scores.knn_regress
+        found = [("linear", labels, linear(x, labels, x_test, truth)), ("knn", labels, knn(x, labels, x_test, truth))]
+        if self.confound is not None:
+            c = self.confound[np.concatenate([self.fit, self.held])]
+            free, free_test = scores.residualise(x, x_test, c[:n], c[n:][known])
+            found.append(("linear-free", labels, linear(free, labels, free_test, truth)))
+        column = self.study.visible.get(self.member.arm, {}).get(target.column)
+        if column is not None:
+            seen = self.store.metadata([column])[self.fit, 0]
+            found.append(("linear-visible", seen, linear(x, seen, x_test, truth)))
+        return found
+
+    def _within(self, target: Target, predicted: Predicted, known: Rows) -> dict[str, Any]:
+        """The AUC inside the bins of another column, where the target asks for it."""
+        if target.within is None:
+            return {}
+        column = self.store.metadata([target.within])[self.held, 0][known]
+        return {"auc_within": scores.auc_within(predicted, column, target.bins)}
+
+    def _few(self, target: Target, y: Floats, known: Rows) -> dict[str, Any]:
+        """Mean over draws of the metric at each number of labels."""
+        budgets = [b for b in self.study.budgets if b < len(self.fit)]
+        if not budgets:
+            return {}
+        n, seed = len(self.fit), self.member.seed
+        x_test, truth = self.x[n:][known], y[self.held][known]
+        drawn = scores.few_labels(
+            self.x[:n], y[self.fit], x_test, truth, budgets=budgets, seed=seed, probe=probe_of(target)
+        )
+        return {f"few{b}": {"value": metric_of(target, drawn[b])} for b in budgets}
+
+
+def probe_of(target: Target) -> scores.Probe:
+    """The linear one."""
+    return scores.logistic if target.of_classes else scores.ridge
+
+
+def told(target: Target, predicted: Predicted) -> dict[str, Any]:
+    """The metrics of a probe, and its answer for every subject: a number, P(second class), or the class."""
+    if target.metric == "mae":
+        p = predicted
+        return {"mae": scores.mae(p), "r2": scores.r2(p), "r": scores.pearson(p), "predicted": rounded(p.predicted)}
+    found: dict[str, Any] = {
+        "balanced_accuracy": scores.balanced_accuracy(predicted),
+        "accuracy": scores.accuracy(predicted),
+        "auc": scores.auc(predicted),
+    }
+    assert predicted.probability is not None
+    answers = predicted.probability[:, 1] if target.metric == "auc" else predicted.predicted
+    return {**found, "predicted": rounded(answers)}
+
+
+def metric_of(target: Target, draws: list[Predicted]) -> float:
+    """The mean over draws of the target's own metric."""
+    return float(np.mean([getattr(scores, target.metric)(one) for one in draws]))
+
+
+def rounded(x: Floats) -> list[float]:
+    """Five digits after the first: enough to have every table again."""
+    return [float(f"{v:.6g}") for v in x]
+
+
+def finite(value: Any) -> Any:
+    """The same with None for what is no number (the correlation of constant answers): JSON has none."""
+    if isinstance(value, dict):
+        return {name: finite(of) for name, of in value.items()}
+    if isinstance(value, list):
+        return [finite(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def effective_rank(x: Floats) -> float:
+    """exp of the entropy of the singular values' shares, centred (Roy and Vetterli 2007)."""
+    sizes = np.linalg.svd(x - x.mean(0), compute_uv=False)
+    p = sizes[sizes > 0] / sizes.sum()
+    return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0
+
+
+def _geometry(folder: Path) -> dict[str, float]:
+    """Means over the last epoch of what the journal has of the training batches."""
+    steps = [e for e in journal.read(folder) if e["event"] == "step"] if folder.exists() else []
+    last = [e for e in steps if e["epoch"] == steps[-1]["epoch"]] if steps else []
+    names = ("alignment", "uniformity", "conditional_alignment", "conditional_uniformity", "loss")
+    told = {name: [e[name] for e in last if e.get(name) is not None] for name in names}
+    return {name: float(np.mean(values)) for name, values in told.items() if values}
