@@ -4,7 +4,8 @@ V  views a sample     b  samples     g  samples that go together     c  channels
 v  (g, c, *spatial)   u  (g, n)      uniform numbers in [0, 1) of each sample for one transform
 
 A transform is written for g samples, each with its own numbers. On a GPU g = b: few kernels for the whole batch. On a
-CPU g = 1: a view has the same bits in any batch, and needs little memory. What rounds otherwise with another number
+CPU g = 1: a view has the same bits in any batch, and needs little memory. (Table rows: g = b there too; what suits them
+adds and multiplies number by number.) What rounds otherwise with another number
 of threads is avoided (torch 2.13: F.interpolate over two axes, a mean over all pixels, pow, exp2).
 """
 
@@ -49,7 +50,7 @@ def views(x: Tensor, keys: ArrayLike, *, seed: int, epoch: int, augment: Augment
     on = [name for name in augment.order if getattr(augment, f"p_{name}") > 0]
     numbers = draws(seed, epoch, keys, augment.views, on)
     out = x.new_empty((augment.views, *x.shape))
-    together = 1 if x.device.type == "cpu" else len(x)
+    together = 1 if x.device.type == "cpu" and x.ndim > 2 else len(x)
     for view, i in itertools.product(range(augment.views), range(0, len(x), together)):
         these = slice(i, i + together)
         v = out[view, these].copy_(x[these])  # transforms may write into it

@@ -70,13 +70,29 @@ def logistic(x: Array, y: Array, x_test: Array, y_test: Array) -> Predicted:
     x, y, x_test, y_test = _ready(x, y, x_test, y_test, classes=True)
     many = len(x) > MANY
     model = LogisticRegression(max_iter=200 if many else 2000, tol=1e-3 if many else 1e-4)
-    grid = {"C": FEW_STRENGTHS if many else STRENGTHS}
-    search = _search(model, grid, "neg_log_loss", y, classes=True)
     with warnings.catch_warnings():
         if many:  # the last digits of a fit to thousands of images decide nothing
             warnings.simplefilter("ignore", ConvergenceWarning)
-        search.fit(x, y)
-    return _classes(search, x_test, y_test)
+        model.set_params(C=_strength(x, y, model)).fit(x, y)
+    return _classes(model, x_test, y_test)
+
+
+def _strength(x: Array, y: Array, model: Any) -> float:
+    """The C of least log loss over the splits, as GridSearchCV finds it, in a third of its time.
+
+    Each fit of a split begins where the one before, of a smaller C, ended.
+    """
+    from sklearn.base import clone
+
+    strengths = FEW_STRENGTHS if len(x) > MANY else STRENGTHS
+    losses = np.zeros(len(strengths))
+    for fit, held in _splits(y, classes=True).split(x, y):
+        going = clone(model).set_params(warm_start=True)
+        for k, C in enumerate(strengths):
+            p = going.set_params(C=C).fit(x[fit], y[fit]).predict_proba(x[held])
+            of_truth = p[np.arange(len(held)), np.searchsorted(going.classes_, y[held])]
+            losses[k] -= np.log(np.maximum(of_truth, np.finfo(p.dtype).eps)).mean()
+    return float(strengths[losses.argmin()])
 
 
 def knn_classify(x: Array, y: Array, x_test: Array, y_test: Array) -> Predicted:
@@ -89,22 +105,27 @@ def knn_classify(x: Array, y: Array, x_test: Array, y_test: Array) -> Predicted:
     return _classes(search.fit(x, y), x_test, y_test)
 
 
-def _classes(search: Any, x_test: Array, y_test: Array) -> Predicted:
-    probability = search.predict_proba(x_test).astype(np.float64)
-    return Predicted(y_test, search.predict(x_test).astype(np.float64), probability, search.classes_)
+def _classes(fitted: Any, x_test: Array, y_test: Array) -> Predicted:
+    probability = fitted.predict_proba(x_test).astype(np.float64)
+    return Predicted(y_test, fitted.predict(x_test).astype(np.float64), probability, fitted.classes_)
 
 
 def _search(model: Any, grid: dict[str, Any], scoring: str, y: Array, *, classes: bool) -> Any:
     """The choice among a grid, on the training part."""
-    from sklearn.model_selection import GridSearchCV, KFold, ShuffleSplit, StratifiedKFold, StratifiedShuffleSplit
+    from sklearn.model_selection import GridSearchCV
+
+    return GridSearchCV(model, grid, scoring=scoring, cv=_splits(y, classes=classes))
+
+
+def _splits(y: Array, *, classes: bool) -> Any:
+    """FOLDS of the training part, or of MANY subjects a tenth."""
+    from sklearn.model_selection import KFold, ShuffleSplit, StratifiedKFold, StratifiedShuffleSplit
 
     if len(y) > MANY:
-        one: Any = StratifiedShuffleSplit if classes else ShuffleSplit
-        return GridSearchCV(model, grid, scoring=scoring, cv=one(1, test_size=0.1, random_state=0))
+        return (StratifiedShuffleSplit if classes else ShuffleSplit)(1, test_size=0.1, random_state=0)
     if classes:
-        smallest = int(np.unique(y, return_counts=True)[1].min())
-        return GridSearchCV(model, grid, scoring=scoring, cv=StratifiedKFold(min(FOLDS, smallest)))
-    return GridSearchCV(model, grid, scoring=scoring, cv=KFold(min(FOLDS, len(y)), shuffle=True, random_state=0))
+        return StratifiedKFold(min(FOLDS, int(np.unique(y, return_counts=True)[1].min())))
+    return KFold(min(FOLDS, len(y)), shuffle=True, random_state=0)
 
 
 def _neighbours(n: int) -> list[int]:

@@ -214,7 +214,8 @@ class Asked:
 
     def _few(self, target: Target, y: Floats, known: Rows) -> dict[str, Any]:
         """Mean over draws of the metric at each number of labels."""
-        budgets = [b for b in self.study.budgets if b < len(self.fit)]
+        repeated = self.study.evaluation(self.member.evaluation).folds > 1  # few-label curves are of one split
+        budgets = [b for b in self.study.budgets if b < len(self.fit) and not repeated]
         if not budgets:
             return {}
         n, seed = len(self.fit), self.member.seed
