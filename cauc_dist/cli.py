@@ -650,6 +650,8 @@ class Reproduce:
     """Run the first so many; default: all of the study's."""
     methods: tuple[str, ...] = ()
     """Run only these; default: all."""
+    epochs: int | None = None
+    """So many in place of each arm's own: for a try, or a lent GPU. Give such runs a --folder of their own."""
     folder: Path | None = None
     """Runs, logs and results; default: runs/NAME. What is done there is not done again."""
     store: Path | None = None
@@ -666,15 +668,16 @@ class Reproduce:
 
 def _reproduce(arguments: Sequence[str]) -> int:
     options = _parse(Reproduce, "reproduce", arguments)
-    for name in ("seeds", "jobs"):
+    for name in ("seeds", "jobs", "epochs"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise BadInput(f"--{name} {value}", wanted="1 or more", do=f"e.g. --{name} 1")
     from cauc_dist import studies
 
-    study = studies.get(options.study)
+    study = studies.get(options.study, options.epochs)
     from cauc_dist.reproduce import page, reproduce
 
     asked = {**vars(options), "study": study, "folder": options.folder or Path("runs") / study.name}
+    del asked["epochs"]
     found = reproduce(**asked, say=_say)
     if found:
         print(page.markdown(found))

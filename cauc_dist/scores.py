@@ -19,11 +19,11 @@ Array = NDArray[np.float64]
 Rows = NDArray[np.int64]
 PENALTIES = np.logspace(-3, 6, 28)
 """Of ridge."""
-STRENGTHS, FEW_STRENGTHS = np.logspace(-4, 2, 7), np.logspace(-3, 1, 5)
-"""C of the logistic probe, and where there are MANY subjects."""
-NEIGHBOURS = (1, 3, 5, 10, 20, 50, 100, 200)
+STRENGTHS, FEW_STRENGTHS = np.logspace(-4, 2, 7), np.logspace(-4, -1, 4)
+"""C of the logistic probe, and where there are MANY subjects (C stands before a sum over them)."""
+NEIGHBOURS, FEW_NEIGHBOURS = (1, 3, 5, 10, 20, 50, 100, 200), (10, 50, 200)
 MANY = 5000
-"""Training subjects from which on a choice is made on a tenth of them, not by cross-validation, in fp32."""
+"""Training subjects from which on a choice is made on a tenth of them, among fewer, in fp32."""
 FOLDS = 5
 
 
@@ -69,7 +69,7 @@ def logistic(x: Array, y: Array, x_test: Array, y_test: Array) -> Predicted:
 
     x, y, x_test, y_test = _ready(x, y, x_test, y_test, classes=True)
     many = len(x) > MANY
-    model = LogisticRegression(max_iter=200 if many else 2000, tol=1e-3 if many else 1e-4)
+    model = LogisticRegression(max_iter=100 if many else 2000, tol=1e-3 if many else 1e-4)
     with warnings.catch_warnings():
         if many:  # the last digits of a fit to thousands of images decide nothing
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -130,7 +130,7 @@ def _splits(y: Array, *, classes: bool) -> Any:
 
 def _neighbours(n: int) -> list[int]:
     """Numbers that every part of a split has."""
-    return [k for k in NEIGHBOURS if k <= n // 2] or [1]
+    return [k for k in (FEW_NEIGHBOURS if n > MANY else NEIGHBOURS) if k <= n // 2] or [1]
 
 
 def _ready(x: Array, y: Array, x_test: Array, y_test: Array, *, classes: bool) -> tuple[Array, Array, Array, Array]:

@@ -67,7 +67,8 @@ class Target:
     column: str
     metric: Metric
     within: str | None = None
-    """A number: the AUC is also had inside its bins (sex inside bins of age)."""
+    """A number, with `bins`: the AUC is also had inside them (sex inside bins of age). Without: a column of groups; a
+    second probe (`linear-within`) chooses among those classes alone that the subject's own group has."""
     bins: tuple[float, ...] = ()
     """Inner edges of those bins."""
 
@@ -112,7 +113,7 @@ class Study:
     confound: str | None = None
     """A raw feature that probes are also fitted without: regressed out of the features, on training subjects."""
     stands_for: Mapping[str, str] = field(default_factory=dict)
-    """Columns made from another one (hidden ages: age), by whose name they are tagged."""
+    """Columns that tell another one (hidden ages: age; a fine class: its coarse one): both are read where one is."""
     visible: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """By arm and target: the column whose known values a second probe (`linear-visible`) is fitted on."""
     budgets: tuple[int, ...] = ()
@@ -129,7 +130,8 @@ class Study:
         if arm not in self.arms:
             return "held-out target"
         read = labels_of(self.arms[arm].objective)
-        return "proxy" if column in {self.stands_for.get(name, name) for name in read} else "held-out target"
+        told = {*read, *(self.stands_for[name] for name in read if name in self.stands_for)}
+        return "proxy" if column in told else "held-out target"
 
     def check(self) -> "Study":
         """The study itself; BadInput where a comparison names what the study has not, or claims on a proxy."""

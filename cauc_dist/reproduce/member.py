@@ -199,6 +199,10 @@ class Asked:
             c = self.confound[np.concatenate([self.fit, self.held])]
             free, free_test = scores.residualise(x, x_test, c[:n], c[n:][known])
             found.append(("linear-free", labels, linear(free, labels, free_test, truth)))
+        if target.within is not None and not target.bins:
+            groups = self.store.metadata([target.within])[:, 0]
+            among = inside(found[0][2], labels, groups[self.fit], groups[self.held][known])
+            found.append(("linear-within", labels, among))
         column = self.study.visible.get(self.member.arm, {}).get(target.column)
         if column is not None:
             seen = self.store.metadata([column])[self.fit, 0]
@@ -207,7 +211,7 @@ class Asked:
 
     def _within(self, target: Target, predicted: Predicted, known: Rows) -> dict[str, Any]:
         """The AUC inside the bins of another column, where the target asks for it."""
-        if target.within is None:
+        if target.within is None or not target.bins:
             return {}
         column = self.store.metadata([target.within])[self.held, 0][known]
         return {"auc_within": scores.auc_within(predicted, column, target.bins)}
@@ -229,6 +233,16 @@ class Asked:
 def probe_of(target: Target) -> scores.Probe:
     """The linear one."""
     return scores.logistic if target.of_classes else scores.ridge
+
+
+def inside(predicted: Predicted, labels: Floats, groups: Floats, groups_test: Floats) -> Predicted:
+    """The likeliest of those classes that training subjects of the held-out subject's own group have."""
+    assert predicted.probability is not None
+    assert predicted.classes is not None
+    allowed = {group: np.isin(predicted.classes, labels[groups == group]) for group in np.unique(groups_test)}
+    mask = np.stack([allowed[group] for group in groups_test])
+    best = predicted.classes[np.where(mask, predicted.probability, -1).argmax(1)]
+    return Predicted(predicted.truth, best, predicted.probability * mask, predicted.classes)
 
 
 def told(target: Target, predicted: Predicted) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
-from cauc_dist.config import Augment, Checkpoint, Data, Encoder, Engine, Objective, Optim, Projector, RunConfig
+from cauc_dist.config import Checkpoint, Engine, RunConfig
+from cauc_dist.recipes import brain
 from cauc_dist.studies.splits import cross_validation
 from cauc_dist.study import Contrast, Evaluation, Source, Study, Target, label_free, two_by_two, under
 
@@ -18,23 +19,8 @@ SEX = Target("sex", "auc", within="age", bins=(40.0, 60.0))
 
 
 def base(kernel: str = "age:gaussian:5") -> RunConfig:
-    """An MLP on the 288 standardised features of a subject, 60 epochs. Our configuration, tuned on nothing.
-
-    The learning rate, epochs and order of sigma are those of the y-Aware example of nidl (lr 1e-3, 60 epochs).
-    """
-    return RunConfig(
-        name="ixi_roi",
-        epochs=60,
-        batch_size=64,
-        data=Data(store="stores/ixi_roi.zarr", split="split", normalise="dataset", threads=1),
-        augment=Augment(p_blur=0.0, p_intensity=0.5, p_noise=1.0, noise=0.5),
-        encoder=Encoder(name="mlp", width=256),
-        projector=Projector(hidden=256, out=64),
-        objective=Objective(kernel=(kernel,), lambda_align=1.5),
-        optim=Optim(lr=1e-3, warmup_epochs=2),
-        engine=Engine(device="cpu", threads=1),
-        checkpoint=Checkpoint(every_epochs=60, keep=1),
-    )
+    """The recipe: an MLP on the 288 standardised features of a subject, 60 epochs; tuned on nothing."""
+    return under(brain.ixi_roi(), kernel=(kernel,))
 
 
 def open_base(kernel: str = "age:gaussian:5") -> RunConfig:
@@ -149,15 +135,10 @@ def _inner(store: "Store") -> dict[str, list[str]]:
 
 def ixi50() -> Study:
     """50 heads: a proof of the pipeline on real volumes, with its interval. No claim from n = 50."""
-    run = RunConfig(
-        name="ixi50",
-        epochs=20,
-        batch_size=20,
-        data=Data(store="stores/ixi50.zarr"),
-        augment=Augment(p_flip=0.5, p_intensity=0.8, p_blur=0.5, p_noise=0.5, p_shift=0.8, scale=0.3, shift=0.3),
-        encoder=Encoder(name="cnn3d", width=8),
-        objective=Objective(kernel=("age:gaussian:5",), lambda_align=1.5),
-        optim=Optim(lr=1e-3, warmup_epochs=2),
+    run = brain.ixi50()
+    run = dataclasses.replace(
+        run,
+        data=dataclasses.replace(run.data, folds=4),
         engine=Engine(threads=1),
         checkpoint=Checkpoint(every_epochs=20, keep=1),
     )
