@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # What DeepSpeed imports when an engine is made costs 3 s; a fork of a process that has it costs nothing.
-PRELOADED = ["torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "cauc_dist.train"]
+PRELOADED = ["torch._dynamo", "cauc_dist.train"]
 
 
 def preload() -> None:

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -271,3 +274,14 @@ def compiled() -> float:
 
 def test_a_compiled_encoder_computes_the_same() -> None:
     assert run_ranks(1, compiled)[0] < 1e-5
+
+
+def test_a_rank_loads_no_compiler_that_it_does_not_use() -> None:
+    code = (
+        "import sys, torch; from cauc_dist import engine; compile = torch.compile;"
+        "engine._import_deepspeed(torch.device('cpu')); from deepspeed.runtime.zero.muon import muon_optimizer;"
+        "assert torch.compile is compile; print('torch._inductor.compile_fx' in sys.modules)"
+    )
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.endswith("False\n"), done.stderr

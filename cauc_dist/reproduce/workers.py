@@ -21,7 +21,7 @@ from pathlib import Path
 
 from cauc_dist import spawn
 
-PRELOADED = ["torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "cauc_dist.reproduce.member"]
+PRELOADED = ["torch._dynamo", "cauc_dist.reproduce.member"]
 PATIENCE = 120.0
 """Seconds that a member has to save after SIGTERM."""
 
