@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "pre-train an encoder: a recipe (or a run's config.json), any field overridden, on --ranks processes",
     "resume": "go on with a run from its newest sound checkpoint",
     "probe": "linear probes of frozen features on held-out subjects, beside an untrained encoder",
+    "finetune": "a run's encoder trained further, end to end, to tell one column; beside its frozen probe",
     "embed": "the representations of every scan of a store, by a run or an exported encoder, as npz and tsv",
     "export": "the encoder of a run's newest sound checkpoint, alone, for cauc_dist.load_encoder",
     "report": "one HTML page: the probe table and the curves of one or several runs",
@@ -560,6 +561,14 @@ class Probe:
     """Metadata columns; default: all that vary."""
     voxels: bool = True
     """Probe raw voxels too, where they fit in 4 GiB."""
+    knn: bool = False
+    """Nearest neighbours beside the linear probes."""
+    after_projector: bool = False
+    """The representation after the projector too."""
+    geometry: bool = False
+    """Alignment, uniformity, their conditional forms and effective rank, of training and of held-out subjects."""
+    few_labels: tuple[int, ...] = ()
+    """Linear probes that are fitted on so many labels, e.g. 100 300 500: five draws of them."""
     out: Path | None = None
     """Write the table as JSON; default: probe.json in the first run folder."""
 
@@ -570,8 +579,48 @@ def _probe(arguments: Sequence[str]) -> int:
     _writable(options.out)
     from cauc_dist.probe import probe
 
-    table = probe(runs, options.columns, voxels=options.voxels, say=_say)
+    table = probe(
+        runs,
+        options.columns,
+        voxels=options.voxels,
+        knn=options.knn,
+        after_projector=options.after_projector,
+        geometries=options.geometry,
+        few_labels=options.few_labels,
+        say=_say,
+    )
     (options.out or runs[0] / "probe.json").write_text(table.to_json(), encoding="utf-8")
+    print(table)
+    return 0
+
+
+@dataclass(frozen=True)
+class Finetune:
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Run folder."""
+    target: str
+    """Metadata column."""
+    scratch: bool = False
+    """Also from the weights that the run began from."""
+    epochs: int = 30
+    """The most; a fifth of the training subjects chooses how many."""
+    batch_size: int = 32
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    seed: int = 0
+    out: Path | None = None
+    """Write the table as JSON; default: finetune-TARGET.json in the run folder."""
+
+
+def _finetune(arguments: Sequence[str]) -> int:
+    options = _parse(Finetune, "finetune", arguments)
+    _writable(options.out)
+    from cauc_dist.finetune import Settings, finetune
+
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: getattr(options, name) for name in names})
+    table = finetune(options.run, options.target, settings, scratch=options.scratch, say=_say)
+    (options.out or options.run / f"finetune-{options.target}.json").write_text(table.to_json(), encoding="utf-8")
     print(table)
     return 0
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from cauc_dist import phantoms, recipes, spawn
 from cauc_dist.errors import BadInput
 from cauc_dist.prepare import prepare
-from cauc_dist.probe import Table, probe
+from cauc_dist.probe import probe
 from cauc_dist.progress import Counter
 from cauc_dist.report import need_matplotlib, report
 from cauc_dist.store.ingest import ingest
 from cauc_dist.stream.plan import per_rank
+from cauc_dist.table import Table
 
 METHODS = ("demo_simclr", "demo_yaware", "demo_cauc")
 

@@ -18,9 +18,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from cauc_dist import checkpoint, probe, verify
-from cauc_dist.checkpoint import Saved
-from cauc_dist.config import RunConfig
+from cauc_dist import probe, verify
 from cauc_dist.embeddings import Embeddings, Floats, refuse_existing
 from cauc_dist.errors import BAD_INPUT, BadInput
 from cauc_dist.export import FILES, Pretrained, load_encoder
@@ -29,7 +27,7 @@ from cauc_dist.store.reader import Store
 from cauc_dist.stream.loader import chunks
 from cauc_dist.stream.plan import shares
 from cauc_dist.stream.values import values
-from cauc_dist.train import Elsewhere, build_model
+from cauc_dist.train import Elsewhere
 from cauc_dist.world import World
 
 Rows = NDArray[np.int64]
@@ -68,20 +66,10 @@ def of_run(run: Path, world: World, device: Device = "auto", say: Callable[[str]
 
     def represent(rows: Rows) -> tuple[Floats, Floats]:
         h = probe.embed(config, store, rows, saved, chunk=CHUNK, world=world).astype(np.float32)
-        return h, project(config, store, saved, h)
+        return h, probe.project(config, store, saved, h)
 
     trained = np.isin(np.arange(len(store)), train)
     return Source(store, world.device(config.engine.device), represent, trained, config.objective.name, saved.step)
-
-
-@torch.no_grad()
-def project(config: RunConfig, store: Store, saved: Saved, h: Floats) -> Floats:
-    """z (n, D) of h (n, H) by the projector of a checkpoint; unit rows where the loss had them, fp32."""
-    model = build_model(config, store.shape)
-    checkpoint.load_module(model, saved.tensors, ema=True)
-    model.encoder, model.bf16 = torch.nn.Identity(), False
-    z: Floats = model.eval()(torch.from_numpy(h)).numpy()
-    return z
 
 
 def of_export(folder: Path, store: Store, world: World, device: Device = "auto") -> Source:

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -58,7 +59,7 @@ def work(run: str) -> int:
     try:
         from cauc_dist.train import main
 
-        code = main(run, heard[-1] if heard else 0, again=again())
+        code = main(run, heard[-1] if heard else 0, again=again(), gone=_missed)
     except Exception:
         traceback.print_exc()
     _note("exit", str(code))
@@ -75,6 +76,11 @@ def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _missed(ranks: Sequence[int]) -> None:
+    """For slurm/attempt.sh: which of the ranks without an exit code was the first to be gone."""
+    _note("missing", "\n".join(map(str, ranks)))
 
 
 def _note(what: str, text: str) -> None:

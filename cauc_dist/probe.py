@@ -2,11 +2,13 @@
 
 Numbers are probed by ridge regression, categories by logistic regression; the penalty is chosen on the training
 subjects. Every score carries a bootstrap interval over held-out subjects, every comparison is paired over them.
+n subjects of both parts, the first of them to fit; H width of h, D of z.
 """
 
-import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,100 +16,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cauc_dist import checkpoint
+from cauc_dist import checkpoint, scores
 from cauc_dist.checkpoint import Saved
 from cauc_dist.config import RunConfig
 from cauc_dist.errors import BadInput
+from cauc_dist.geometry import geometry
 from cauc_dist.prepare import check_store, load, parts
+from cauc_dist.scores import Predicted
+from cauc_dist.stats import interval
 from cauc_dist.store.layout import Column
 from cauc_dist.store.reader import Store
 from cauc_dist.stream.loader import chunks, read_all
 from cauc_dist.stream.values import Values, values
+from cauc_dist.table import AFTER, KNN, Few, Score, Table
 from cauc_dist.train import build_model, card
 from cauc_dist.world import World, cores
 
 Array = NDArray[np.float64]
-BOOTSTRAPS = 10_000
+Floats = NDArray[np.float32]
 VOXEL_BYTES = 4 << 30  # raw voxels are probed where all of them fit in this
-
-
-@dataclass(frozen=True)
-class Score:
-    """One probe of one column: the headline `value` (MAE, or balanced accuracy) with its 95 % interval.
-
-    `errors` are per held-out subject whose value is known (absolute error, or 1 = wrong), `truth` its value, in the
-    order of the store; `detail` holds the other metrics.
-    """
-
-    metric: str
-    value: float
-    low: float
-    high: float
-    detail: dict[str, float]
-    errors: list[float]
-    truth: list[float]
-
-    def compare(self, other: "Score") -> tuple[float, float, float]:
-        """By how much this is better than `other` in its own metric, and the paired 95 % bootstrap interval of that."""
-        ours, theirs, truth = np.array(self.errors), np.array(other.errors), np.array(self.truth)
-
-        def gain(rows: NDArray[np.int64]) -> Array:
-            if self.metric == "MAE":
-                return (theirs - ours)[rows].mean(-1)  # type: ignore[no-any-return]
-            return balanced_accuracy(truth[rows], ours[rows]) - balanced_accuracy(truth[rows], theirs[rows])
-
-        return float(gain(np.arange(len(ours))[None])[0]), *interval(len(ours), gain)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Scores by method and column, all on the same held-out subjects of one store; `steps` of training by method."""
-
-    store: str
-    fingerprint: str
-    n_train: int
-    n_test: int
-    columns: tuple[str, ...]
-    chance: dict[str, float]
-    scores: dict[str, dict[str, Score]]
-    steps: dict[str, int]
-
-    def difference(self, method: str, other: str, column: str) -> tuple[float, float, float]:
-        """By how much `method` is better than `other` in the column's metric, with its paired 95 % interval."""
-        return self.scores[method][column].compare(self.scores[other][column])
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> "Table":
-        values = json.loads(text)
-        scores = {m: {c: Score(**s) for c, s in row.items()} for m, row in values.pop("scores").items()}
-        return cls(**{**values, "columns": tuple(values["columns"])}, scores=scores)
-
-    def __str__(self) -> str:
-        """Plain text, one row a method; `*` marks a mean error below the untrained encoder's (paired, 95 %)."""
-        head = ["", *(f"{c} ({self._metric(c)})" for c in self.columns)]
-        rows = [["chance", *(f"{self.chance[c]:.3g}" for c in self.columns)]]
-        rows += [[m, *(self._cell(m, c) for c in self.columns)] for m in self.scores]
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
-        ]
-        notes = (
-            f"{self.n_train} subjects to fit, {self.n_test} held out; [95 % bootstrap]; * better than untrained, paired"
-        )
-        return "\n".join([*lines, notes])
-
-    def _metric(self, column: str) -> str:
-        return next(iter(self.scores.values()))[column].metric
-
-    def _cell(self, method: str, column: str) -> str:
-        s = self.scores[method][column]
-        # Below ten held-out subjects an interval is no ground for a mark.
-        marked = "untrained" in self.scores and method != "untrained" and len(s.errors) >= 10
-        star = marked and self.difference(method, "untrained", column)[1] > 0
-        return f"{s.value:.3g} [{s.low:.3g}, {s.high:.3g}]{'*' if star else ''}"
 
 
 def probe(
@@ -115,11 +42,17 @@ def probe(
     columns: Sequence[str] = (),
     *,
     voxels: bool = True,
+    knn: bool = False,
+    after_projector: bool = False,
+    geometries: bool = False,
+    few_labels: Sequence[int] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> Table:
     """Probe runs of one store and one split, beside an untrained encoder and (where they fit) raw voxels.
 
     `columns`: default all of the store's that can be probed. The table's rows are named after the runs' configurations.
+    Beside these: `knn` probes, the representation `after_projector`, the `geometries` of both parts, probes that were
+    fitted on `few_labels`.
     """
     configs = [load(run) for run in runs]
     store = _one_store(configs)
@@ -131,25 +64,87 @@ def probe(
     kinds = choose(store, columns, train, test, say)
     y = store.metadata([c.name for c in kinds])
     rows, n = np.concatenate([train, test]), len(train)
-    scores: dict[str, dict[str, Score]] = {}
-    steps: dict[str, int] = {}
+    _refuse_budgets(few_labels, kinds, y[train])
+    asked = _Asked(kinds, y[train], y[test], knn, tuple(few_labels))
+    steps, shapes = dict[str, int](), dict[str, dict[str, dict[str, float]]]()
 
-    def score(method: str, x: Array) -> None:
-        scores[method] = {c.name: score_column(c, x[:n], y[train, k], x[n:], y[test, k]) for k, c in enumerate(kinds)}
+    def ask(name: str, config: RunConfig, saved: Saved | None) -> None:
+        h = embed(config, store, rows, saved)
+        asked.of(name, h[:n], h[n:])
+        if after_projector:
+            z = project(config, store, saved, h.astype(np.float32)).astype(np.float64)
+            asked.of(name + AFTER, z[:n], z[n:])
+        if geometries:
+            shapes[name] = geometry(config, store, saved)
 
     for config in configs:
         saved, name = newest(config, store, say), _name(config, configs)
         say(f"probe: embedding {len(rows)} scans with {name}, step {saved.step}")
-        score(name, standardise(embed(config, store, rows, saved), n))
+        ask(name, config, saved)
         steps[name] = saved.step
     say("probe: the untrained encoder")
-    score("untrained", standardise(embed(configs[0], store, rows, None), n))
+    ask("untrained", configs[0], None)
     if voxels and 4 * len(rows) * int(np.prod(store.shape)) <= VOXEL_BYTES:
         say("probe: raw voxels")
-        score("raw voxels", voxel_features(store, rows, n, values(store, configs[0].data.normalise, train)))
-    chance = {c.name: _chance(c, y[train, k], y[test, k]) for k, c in enumerate(kinds)}
+        x = voxel_features(store, rows, n, values(store, configs[0].data.normalise, train))
+        asked.of("raw voxels", x[:n], x[n:], as_is=True)
+    chance = {c.name: chance_of(c, y[train, k], y[test, k]) for k, c in enumerate(kinds)}
     names = tuple(c.name for c in kinds)
-    return Table(store.name, store.fingerprint, n, len(test), names, chance, scores, steps)
+    told = (store.name, store.fingerprint, n, len(test), names, chance, asked.scores, steps)
+    return Table(*told, shapes, asked.few)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The columns that each method is asked for, and what was found."""
+
+    columns: Sequence[Column]
+    y: Array
+    """(n, k)"""
+    y_test: Array
+    knn: bool
+    budgets: tuple[int, ...]
+    scores: dict[str, dict[str, Score]] = field(default_factory=dict)
+    few: dict[str, dict[str, Few]] = field(default_factory=dict)
+
+    def of(self, method: str, x: Array, x_test: Array, *, as_is: bool = False) -> None:
+        """All probes of one representation."""
+        for k, column in enumerate(self.columns):
+            part = (x, self.y[:, k], x_test, self.y_test[:, k])
+            for end in ("", KNN) if self.knn else ("",):
+                found = score_column(column, *part, knn=end == KNN, as_is=as_is)
+                self.scores.setdefault(method + end, {})[column.name] = found
+            if self.budgets:
+                self.few.setdefault(method, {})[column.name] = few_of(column, *part, self.budgets, as_is=as_is)
+
+
+def few_of(
+    column: Column, x: Array, y: Array, x_test: Array, y_test: Array, budgets: Sequence[int], *, as_is: bool = False
+) -> Few:
+    """Mean and standard deviation over draws of the headline of probes that were fitted on so many labels."""
+    classes = column.kind == "category"
+    fit = partial(scores.logistic if classes else scores.ridge, as_is=as_is)
+    metric = scores.balanced_accuracy if classes else scores.mae
+    drawn = scores.few_labels(x, y, x_test, y_test, budgets=budgets, probe=fit, classes=classes)
+    found = {str(n): np.array([metric(p) for p in of]) for n, of in drawn.items()}
+    return {n: (float(each.mean()), float(each.std(ddof=1))) for n, each in found.items()}
+
+
+def _refuse_budgets(budgets: Sequence[int], columns: Sequence[Column], y: Array) -> None:
+    """BadInput, before scans are embedded, where a budget is more than the training subjects with a value, or too few.
+
+    Of categories it must hold two subjects of each.
+    """
+    for column, values_of in zip(columns, y.T, strict=True):
+        known = values_of[~np.isnan(values_of)]
+        least = 2 * len(np.unique(known)) if column.kind == "category" else 2
+        for budget in budgets:
+            if not least <= budget <= len(known):
+                raise BadInput(
+                    f"{budget} labels of {column.name}",
+                    wanted=f"{least} to {len(known)}, the training subjects with a value",
+                    do="choose other numbers, or fewer columns with --columns",
+                )
 
 
 def choose(
@@ -260,6 +255,20 @@ def embed(
     return torch.cat(h).double().numpy()
 
 
+@torch.no_grad()
+def project(config: RunConfig, store: Store, saved: Saved | None, h: Floats) -> Floats:
+    """z (n, D) of h (n, H) by the projector of a checkpoint; unit rows where the loss had them, fp32.
+
+    None: by the one that the run began from.
+    """
+    model = build_model(config, store.shape)
+    if saved is not None:
+        checkpoint.load_module(model, saved.tensors, ema=True)
+    model.encoder, model.bf16 = torch.nn.Identity(), False
+    z: Floats = model.eval()(torch.from_numpy(h)).numpy()
+    return z
+
+
 def voxel_features(store: Store, rows: NDArray[np.int64], n_train: int, values: Values) -> Array:
     """All voxels, rotated onto the principal axes of the training scans: (len(rows), <= n_train) float64.
 
@@ -275,80 +284,47 @@ def voxel_features(store: Store, rows: NDArray[np.int64], n_train: int, values: 
     return scores / scores[:n_train].std()  # type: ignore[no-any-return]
 
 
-def score_column(column: Column, x: Array, y: Array, x_test: Array, y_test: Array) -> Score:
-    """Fit on (x, y), score on (x_test, y_test); subjects whose value is missing take part in neither."""
-    x, y = x[~np.isnan(y)], y[~np.isnan(y)]
-    known = ~np.isnan(y_test)
-    x_test, y_test = x_test[known], y_test[known]
-    return (_classify if column.kind == "category" else _regress)(x, y, x_test, y_test)
+def score_column(
+    column: Column, x: Array, y: Array, x_test: Array, y_test: Array, *, knn: bool = False, as_is: bool = False
+) -> Score:
+    """Fit on (x, y), score on (x_test, y_test); subjects whose value is missing take part in neither.
 
-
-def _regress(x: Array, y: Array, x_test: Array, y_test: Array) -> Score:
-    from sklearn.linear_model import RidgeCV
-
-    predicted = RidgeCV(np.logspace(-3, 6, 28)).fit(x, y).predict(x_test)
-    errors = np.abs(predicted - y_test)
-    low, high = interval(len(errors), lambda rows: errors[rows].mean(-1))
-    detail = {}
-    if np.var(y_test) > 0:
-        detail["r2"] = float(1 - np.mean(errors**2) / np.var(y_test))
-        detail["r"] = float(np.corrcoef(predicted, y_test)[0, 1]) if np.std(predicted) > 0 else 0.0
-    return Score("MAE", float(errors.mean()), low, high, detail, errors.tolist(), y_test.tolist())
-
-
-def _classify(x: Array, y: Array, x_test: Array, y_test: Array) -> Score:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV
-
-    smallest = int(np.unique(y, return_counts=True)[1].min())
-    grid = {"C": np.logspace(-4, 2, 7)}
-    # Log loss, not accuracy: with tens of subjects a fold, accuracies tie and the choice among them is chance.
-    search = GridSearchCV(LogisticRegression(max_iter=2000), grid, scoring="neg_log_loss", cv=min(5, smallest))
-    predicted = search.fit(x, y).predict(x_test)
-    wrong = (predicted != y_test).astype(float)
-    low, high = interval(len(wrong), lambda rows: balanced_accuracy(y_test[rows], wrong[rows]))
-    detail = {"accuracy": float(1 - wrong.mean()), **_auc(y_test, search.predict_proba(x_test), search.classes_)}
-    value = float(balanced_accuracy(y_test[None], wrong[None])[0])
-    return Score("balanced acc.", value, low, high, detail, wrong.tolist(), y_test.tolist())
-
-
-def _auc(y: Array, p: Array, classes: Array) -> dict[str, float]:
-    """One against the rest, averaged over the classes that the held-out subjects have and not all of them are."""
-    from sklearn.metrics import roc_auc_score
-
-    told = [k for k, label in enumerate(classes) if 0 < (y == label).sum() < len(y)]
-    return {"auc": float(np.mean([roc_auc_score(y == classes[k], p[:, k]) for k in told]))} if told else {}
-
-
-def balanced_accuracy(y: Array, wrong: Array) -> Array:
-    """Mean over the classes present in each row of y (..., n) of the share of right ones (1 - wrong): (...,)."""
-    hits = []
-    for label in np.unique(y):
-        members = y == label
-        count = members.sum(-1)
-        right = (members * (1 - wrong)).sum(-1)
-        hits.append(np.where(count > 0, right / np.maximum(count, 1), np.nan))
-    return np.nanmean(hits, axis=0)  # type: ignore[no-any-return]
-
-
-def interval(n: int, statistic: Callable[[NDArray[np.int64]], Array], seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a statistic of n held-out subjects.
-
-    `statistic` maps row numbers (B, n) to (B,). The resamples depend on n and seed alone, so that methods are paired.
+    Features are standardised on (x, y), but for those that are to be taken `as_is`.
     """
-    rows = np.random.default_rng(seed).integers(0, n, (BOOTSTRAPS, n))
-    low, high = np.percentile(statistic(rows), [2.5, 97.5])
-    return float(low), float(high)
+    if column.kind == "category":
+        fit = scores.knn_classify if knn else scores.logistic
+    else:
+        fit = scores.knn_regress if knn else scores.ridge
+    return score_of(column, fit(x, y, x_test, y_test, as_is=as_is))
 
 
-def _chance(column: Column, y: Array, y_test: Array) -> float:
+def score_of(column: Column, answers: Predicted) -> Score:
+    """The headline of what was said, with its interval."""
+    return (_of_classes if column.kind == "category" else _of_numbers)(answers)
+
+
+def _of_numbers(p: Predicted) -> Score:
+    errors = np.abs(p.predicted - p.truth)
+    low, high = interval(len(errors), lambda rows: errors[rows].mean(-1))
+    detail = _finite(r2=scores.r2(p), r=scores.pearson(p))
+    return Score("MAE", scores.mae(p), low, high, detail, errors.tolist(), p.truth.tolist())
+
+
+def _of_classes(p: Predicted) -> Score:
+    wrong = (p.predicted != p.truth).astype(float)
+    low, high = interval(len(wrong), lambda rows: scores.balanced(p.truth[rows], 1 - wrong[rows]))
+    detail = _finite(accuracy=scores.accuracy(p), auc=scores.auc(p))
+    value = scores.balanced_accuracy(p)
+    return Score("balanced acc.", value, low, high, detail, wrong.tolist(), p.truth.tolist())
+
+
+def _finite(**metrics: float) -> dict[str, float]:
+    """Those that are numbers: JSON has no other."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def chance_of(column: Column, y: Array, y_test: Array) -> float:
     """What ignoring the scan scores: the training median's MAE, or 1 / classes."""
     if column.kind == "category":
         return 1.0 / len(np.unique(y[~np.isnan(y)]))
     return float(np.nanmean(np.abs(y_test - np.nanmedian(y))))
-
-
-def standardise(x: Array, n_train: int) -> Array:
-    """Each feature with mean 0 and variance 1 over the first n_train rows; a constant one becomes 0."""
-    mean, std = x[:n_train].mean(0), x[:n_train].std(0)
-    return (x - mean) / np.where(std > 1e-12, std, np.inf)  # type: ignore[no-any-return]

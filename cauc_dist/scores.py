@@ -1,8 +1,8 @@
 """Probes of frozen features: fitted on training subjects alone, asked about others. numpy and scikit-learn, no torch.
 
 x (n, H) and y (n,) of the training part, x_test (m, H) and y_test (m,) of the held-out one; y float64, NaN = not known,
-of categories their codes. A subject whose y is not known takes part on neither side. Features are standardised, and
-what a probe can choose is chosen, on the training part.
+of categories their codes. A subject whose y is not known takes part on neither side, and is counted. Features are
+standardised, and what a probe can choose is chosen, on the training part.
 """
 
 import warnings
@@ -39,42 +39,46 @@ class Predicted:
     """(m, k) of each class."""
     classes: Array | None = None
     """(k,) codes, of which probability has the columns."""
+    left_out: tuple[int, int] = (0, 0)
+    """Training and held-out subjects whose value is not known."""
 
 
 Probe = Callable[[Array, Array, Array, Array], Predicted]
+"""Each of the four below. `as_is`: features that are not to be standardised, since their lengths mean something (voxels
+on their principal axes: of unit variance each, the last would weigh as much as the first)."""
 
 
-def ridge(x: Array, y: Array, x_test: Array, y_test: Array) -> Predicted:
+def ridge(x: Array, y: Array, x_test: Array, y_test: Array, *, as_is: bool = False) -> Predicted:
     """Linear regression, its penalty by leave-one-out error."""
     from sklearn.linear_model import RidgeCV
 
-    x, y, x_test, y_test = _ready(x, y, x_test, y_test, classes=False)
-    return Predicted(y_test, RidgeCV(PENALTIES).fit(x, y).predict(x_test))
+    x, y, x_test, y_test, left_out = _ready(x, y, x_test, y_test, classes=False, as_is=as_is)
+    return Predicted(y_test, RidgeCV(PENALTIES).fit(x, y).predict(x_test), left_out=left_out)
 
 
-def knn_regress(x: Array, y: Array, x_test: Array, y_test: Array) -> Predicted:
+def knn_regress(x: Array, y: Array, x_test: Array, y_test: Array, *, as_is: bool = False) -> Predicted:
     """Mean of the nearest training subjects, their number by cross-validated error."""
     from sklearn.neighbors import KNeighborsRegressor
 
-    x, y, x_test, y_test = _ready(x, y, x_test, y_test, classes=False)
+    x, y, x_test, y_test, left_out = _ready(x, y, x_test, y_test, classes=False, as_is=as_is)
     grid = {"n_neighbors": _neighbours(len(x))}
     search = _search(KNeighborsRegressor(), grid, "neg_mean_absolute_error", y, classes=False)
-    return Predicted(y_test, search.fit(x, y).predict(x_test))
+    return Predicted(y_test, search.fit(x, y).predict(x_test), left_out=left_out)
 
 
-def logistic(x: Array, y: Array, x_test: Array, y_test: Array) -> Predicted:
+def logistic(x: Array, y: Array, x_test: Array, y_test: Array, *, as_is: bool = False) -> Predicted:
     """Logistic regression, its penalty by cross-validated log loss: accuracies of tens of subjects tie."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    x, y, x_test, y_test = _ready(x, y, x_test, y_test, classes=True)
+    x, y, x_test, y_test, left_out = _ready(x, y, x_test, y_test, classes=True, as_is=as_is)
     many = len(x) > MANY
     model = LogisticRegression(max_iter=100 if many else 2000, tol=1e-3 if many else 1e-4)
     with warnings.catch_warnings():
         if many:  # the last digits of a fit to thousands of images decide nothing
             warnings.simplefilter("ignore", ConvergenceWarning)
         model.set_params(C=_strength(x, y, model)).fit(x, y)
-    return _classes(model, x_test, y_test)
+    return _classes(model, x_test, y_test, left_out)
 
 
 def _strength(x: Array, y: Array, model: Any) -> float:
@@ -95,19 +99,19 @@ def _strength(x: Array, y: Array, model: Any) -> float:
     return float(strengths[losses.argmin()])
 
 
-def knn_classify(x: Array, y: Array, x_test: Array, y_test: Array) -> Predicted:
+def knn_classify(x: Array, y: Array, x_test: Array, y_test: Array, *, as_is: bool = False) -> Predicted:
     """The commonest class among the nearest training subjects, their number by cross-validated accuracy."""
     from sklearn.neighbors import KNeighborsClassifier
 
-    x, y, x_test, y_test = _ready(x, y, x_test, y_test, classes=True)
+    x, y, x_test, y_test, left_out = _ready(x, y, x_test, y_test, classes=True, as_is=as_is)
     grid = {"n_neighbors": _neighbours(len(x))}
     search = _search(KNeighborsClassifier(), grid, "balanced_accuracy", y, classes=True)
-    return _classes(search.fit(x, y), x_test, y_test)
+    return _classes(search.fit(x, y), x_test, y_test, left_out)
 
 
-def _classes(fitted: Any, x_test: Array, y_test: Array) -> Predicted:
+def _classes(fitted: Any, x_test: Array, y_test: Array, left_out: tuple[int, int]) -> Predicted:
     probability = fitted.predict_proba(x_test).astype(np.float64)
-    return Predicted(y_test, fitted.predict(x_test).astype(np.float64), probability, fitted.classes_)
+    return Predicted(y_test, fitted.predict(x_test).astype(np.float64), probability, fitted.classes_, left_out)
 
 
 def _search(model: Any, grid: dict[str, Any], scoring: str, y: Array, *, classes: bool) -> Any:
@@ -133,9 +137,12 @@ def _neighbours(n: int) -> list[int]:
     return [k for k in (FEW_NEIGHBOURS if n > MANY else NEIGHBOURS) if k <= n // 2] or [1]
 
 
-def _ready(x: Array, y: Array, x_test: Array, y_test: Array, *, classes: bool) -> tuple[Array, Array, Array, Array]:
+def _ready(
+    x: Array, y: Array, x_test: Array, y_test: Array, *, classes: bool, as_is: bool
+) -> tuple[Array, Array, Array, Array, tuple[int, int]]:
     """Subjects whose value is known, features standardised by the training ones; BadInput where nothing can be told."""
     known, told = ~np.isnan(y), ~np.isnan(y_test)
+    left_out = (int((~known).sum()), int((~told).sum()))
     x, y, x_test, y_test = x[known], y[known], x_test[told], y_test[told]
     if len(y_test) == 0:
         raise BadInput("no held-out subject has a value", wanted="one at least", do="probe another column")
@@ -150,8 +157,9 @@ def _ready(x: Array, y: Array, x_test: Array, y_test: Array, *, classes: bool) -
             wanted="two of each: one to fit, one to choose by",
             do="leave that class out, or probe another column",
         )
-    x, x_test = standardised(x, x_test)
-    return x, y, x_test, y_test
+    if not as_is:
+        x, x_test = standardised(x, x_test)
+    return x, y, x_test, y_test, left_out
 
 
 def standardised(x: Array, x_test: Array) -> tuple[Array, Array]:
@@ -199,7 +207,17 @@ def accuracy(p: Predicted) -> float:
 
 def balanced_accuracy(p: Predicted) -> float:
     """Mean over the classes present of the share of right answers."""
-    return float(np.mean([(p.predicted[p.truth == label] == label).mean() for label in np.unique(p.truth)]))
+    return float(balanced(p.truth, p.predicted == p.truth))
+
+
+def balanced(truth: Array, right: NDArray[Any]) -> Array:
+    """Mean over the classes present in each row of truth (..., n) of the share that is right (..., n): (...,)."""
+    hits = []
+    for label in np.unique(truth):
+        members = truth == label
+        count = members.sum(-1)
+        hits.append(np.where(count > 0, (members * right).sum(-1) / np.maximum(count, 1), np.nan))
+    return np.nanmean(hits, axis=0)  # type: ignore[no-any-return]
 
 
 def auc(p: Predicted) -> float:
@@ -225,7 +243,7 @@ def auc_within(p: Predicted, column: Array, edges: Sequence[float]) -> list[floa
     return found
 
 
-# ---- fewer labels, other splits, a published score --------------------------------------------------------------
+# ---- fewer labels, other splits --------------------------------------------------------------
 
 
 def few_labels(
@@ -238,19 +256,22 @@ def few_labels(
     draws: int = 5,
     seed: int = 0,
     probe: Probe | None = None,
+    classes: bool | None = None,
 ) -> dict[int, list[Predicted]]:
     """By budget, the answers of probes that were fitted on so many labels: nested random subsets, `draws` of them.
 
-    The subsets depend on y, budgets and seed alone, so that methods are paired. `probe`: by default logistic where all
-    of y are whole numbers of at most 100 values, else ridge. Of categories each class comes in turn, so that none is
-    missing as long as the budget holds two of each.
+    The subsets depend on y, classes and seed alone, so that methods are paired. Of `classes` each comes in turn, so
+    that none is missing as long as the budget holds two of each. Say whether y is of classes: where that is not said,
+    whole numbers of at most 100 values are taken for codes, and so are ages in whole years. `probe`: by default
+    logistic of classes, else ridge.
     """
     known = np.flatnonzero(~np.isnan(y))
     if max(budgets) > len(known):
         found = f"{len(known)} training subjects with a value for a budget of {max(budgets)}"
         raise BadInput(found, wanted="as many as the largest budget", do="choose smaller budgets")
-    values = np.unique(y[known])
-    classes = len(values) <= 100 and bool((values == np.round(values)).all()) and len(values) < len(known) / 2
+    if classes is None:
+        values = np.unique(y[known])
+        classes = len(values) <= 100 and bool((values == np.round(values)).all()) and len(values) < len(known) / 2
     fit = probe or (logistic if classes else ridge)
     found_of: dict[int, list[Predicted]] = {budget: [] for budget in budgets}
     for draw in range(draws):
@@ -277,29 +298,6 @@ def leave_one_group_out(groups: Sequence[str]) -> Iterator[tuple[str, Rows, Rows
     """(group, rows of the others, its rows) for each group, e.g. each site; BadInput where there is but one."""
     names = np.asarray(groups)
     if len(np.unique(names)) < 2:
-        raise BadInput(f"the one group {names[0]!r}", wanted="two groups at least", do="probe without groups")
+        raise BadInput(f"the one group {str(names[0])!r}", wanted="two groups at least", do="probe without groups")
     for name in np.unique(names):
         yield str(name), np.flatnonzero(names != name), np.flatnonzero(names == name)
-
-
-def openbhb(
-    x: Array, age: Array, site: Array, internal: tuple[Array, Array], external: tuple[Array, Array]
-) -> dict[str, float]:
-    """The score of the OpenBHB challenge: balanced accuracy of site ^ .3 x MAE of age; lower is better.
-
-    x (n, H), age and site (n,) to fit on; `internal` (features, sites) of the test subjects from sites that were seen,
-    `external` (features, ages) of those from others. Ridge alpha and logistic C from 1e-2 to 1e2 by 5-fold
-    cross-validation (Dufumier et al., OpenBHB, NeuroImage 263, 2022). The official test sets are private: a score on
-    public validation data is no challenge score.
-    """
-    from sklearn.linear_model import LogisticRegression, Ridge
-    from sklearn.model_selection import GridSearchCV
-
-    grid = np.logspace(-2, 2, 5)
-    _, x_internal = standardised(x, internal[0])
-    fitted, x_external = standardised(x, external[0])
-    of_age = GridSearchCV(Ridge(), {"alpha": grid}, cv=FOLDS, scoring="neg_mean_absolute_error")
-    of_site = GridSearchCV(LogisticRegression(max_iter=1000), {"C": grid}, cv=FOLDS, scoring="balanced_accuracy")
-    error = mae(Predicted(external[1], of_age.fit(fitted, age).predict(x_external)))
-    told = balanced_accuracy(Predicted(internal[1], of_site.fit(fitted, site).predict(x_internal)))
-    return {"score": told**0.3 * error, "age_mae": error, "site_balanced_accuracy": told}

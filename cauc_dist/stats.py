@@ -1,7 +1,10 @@
-"""Tests between methods that share subjects, folds and seeds. numpy and scipy alone."""
+"""Intervals over subjects, and tests between methods that share subjects, folds and seeds. numpy and scipy alone.
+
+Over subjects AND seeds: cauc_dist.reproduce.resample.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +12,20 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
 from cauc_dist.errors import BadInput
+
+BOOTSTRAPS = 10_000
+
+
+def interval(
+    n: int, statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a statistic of n held-out subjects.
+
+    `statistic` maps row numbers (B, n) to (B,). The resamples depend on n and seed alone, so that methods are paired.
+    """
+    rows = np.random.default_rng(seed).integers(0, n, (BOOTSTRAPS, n))
+    low, high = np.percentile(statistic(rows), [2.5, 97.5])
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -29,6 +46,8 @@ def nadeau_bengio(d: ArrayLike, n_train: float, n_test: float) -> Corrected:
     1/J would promise too much. Differences that are all the same have p 1 where they are 0, else 0.
     """
     x = np.asarray(d, np.float64).ravel()
+    if not np.isfinite(x).all():
+        raise BadInput("a difference that is no number", wanted="numbers", do="look at the run that it came from")
     if len(x) < 2:
         raise BadInput(f"{len(x)} differences", wanted="two folds or more", do="run more folds or seeds")
     se = math.sqrt((1 / len(x) + n_test / n_train) * float(x.var(ddof=1)))

@@ -38,6 +38,8 @@ class Source:
     ranges: tuple[str, ...] = ()
     columns: "Callable[[Store], Mapping[str, Sequence[str] | NDArray[np.float64]]] | None" = None
     """Columns made from the store itself: splits, hidden labels."""
+    person: Callable[[str], str] | None = None
+    """Whose a scan is, by its id, where the store's subjects are not people: intervals draw people."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ class Study:
     stands_for: Mapping[str, str] = field(default_factory=dict)
     """Columns that tell another one (hidden ages: age; a fine class: its coarse one): both are read where one is."""
     visible: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """By arm and target: the column whose known values a second probe (`linear-visible`) is fitted on."""
+    """By arm and target: the column whose known values a second probe (`linear:COLUMN`) is fitted on, as pre-training
+    was. Methods that are not named here have one such probe for each of these columns."""
     budgets: tuple[int, ...] = ()
     """Labels of few-label probes."""
 
@@ -124,6 +127,12 @@ class Study:
 
     def target(self, column: str) -> Target:
         return next(t for t in self.targets if t.column == column)
+
+    def visible_to(self, method: str, target: str) -> list[str]:
+        """The columns of labels, some of them hidden, that probes of a method are fitted on beside the whole one."""
+        own = self.visible.get(method)
+        told = [own] if own is not None else list(self.visible.values())
+        return list(dict.fromkeys(columns[target] for columns in told if target in columns))
 
     def tag(self, arm: str, column: str) -> Tag:
         """`proxy` where the loss of the arm read this column, or one made from it. A baseline read none."""

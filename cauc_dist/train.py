@@ -384,18 +384,21 @@ def _due(done: int, steps_per_epoch: int, every_epochs: int, total: int) -> bool
     return done == total or done % (steps_per_epoch * every_epochs) == 0
 
 
-def main(folder: str, asked: int = 0, *, again: bool = False) -> int:
+def main(
+    folder: str, asked: int = 0, *, again: bool = False, gone: Callable[[Sequence[int]], object] = lambda ranks: None
+) -> int:
     """Run folder in, exit code out: 0 done, 2 bad input, 3 non-finite loss, 5 stopped by a signal, 6 a rank is gone.
 
     `asked`: a signal that came before. `again`: an earlier start of the same job may not be over. On a node that was
     cut off its rank 0 lives, and holds the run's lock, until a collective has waited `engine.timeout_minutes`.
+    `gone` is called on every rank that misses others, with their numbers.
     """
     stop = Stop(asked)
     with stop.listening():
-        return _main(folder, stop, again)
+        return _main(folder, stop, again, gone)
 
 
-def _main(folder: str, stop: Stop, again: bool) -> int:
+def _main(folder: str, stop: Stop, again: bool, gone: Callable[[Sequence[int]], object]) -> int:
     try:
         run = load(Path(folder))
         world = World.from_env()
@@ -408,6 +411,8 @@ def _main(folder: str, stop: Stop, again: bool) -> int:
                 if not _of_communication(error):
                     raise
                 missing = world.missing()
+                if missing:
+                    gone(missing)
                 if not missing and not world.failed:
                     if world.world_size == 1:
                         raise

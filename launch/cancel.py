@@ -13,8 +13,8 @@ from launch.submit import Say
 def cancel(runs: Sequence[Path], *, say: Say, wait: float = 60.0, every: float = 1.0) -> None:
     """scancel the runs' jobs, wait until they have left the queue, say what is left of each.
 
-    SLURM gives the ranks KillWait seconds (its default: 30) for the step that they are in and a checkpoint. The file
-    RUN/cancelled keeps the batch script from queueing the run again; `launch resume` takes it away.
+    SLURM gives the ranks KillWait seconds (its default: 30) for the step that they are in and a checkpoint. The job's
+    id in RUN/cancelled keeps its batch script from queueing the run again; `launch resume` takes that file away.
     """
     found = state.status(runs)
     _refuse(found)
@@ -22,8 +22,6 @@ def cancel(runs: Sequence[Path], *, say: Say, wait: float = 60.0, every: float =
         if not one.live:
             say(f"{one.folder}: nothing to cancel, it is {one.state}")
     live = [one for one in found if one.live]
-    for one in live:
-        (one.folder / CANCELLED).touch()
     _scancel(live)
     for one in _until_over(live, time.monotonic() + wait, every):
         say(f"{one.folder}: {one.state}; {newest(one.folder)}")
@@ -50,6 +48,9 @@ def _scancel(live: Sequence[Status]) -> None:
     """A job that is over by now is as good as cancelled."""
     if not live:
         return
+    for one in live:
+        with (one.folder / CANCELLED).open("a", encoding="utf-8") as file:
+            file.write(f"{one.id}\n")
     try:
         slurm.call("scancel", *(one.id for one in live))
     except BadInput:

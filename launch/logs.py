@@ -87,7 +87,7 @@ def followed(run: Path, rank: int, number: int | None, every: float) -> Iterator
             if attempt.log(rank).exists() and (attempt.number in begun or attempt.number > max(begun, default=0)):
                 begun.add(attempt.number)
                 yield attempt.log(rank)
-        if over or (number is not None and attempts[0].verdict):
+        if over or (number is not None and (attempts[0].verdict or _followed(run, number))):
             return
         if time.monotonic() - asked > (ASK if asked else 0):
             asked = time.monotonic()
@@ -95,6 +95,11 @@ def followed(run: Path, rank: int, number: int | None, every: float) -> Iterator
             over = final(now)
         if not over:
             time.sleep(every)
+
+
+def _followed(run: Path, number: int) -> bool:
+    """Whether a later attempt has begun: one whose node was lost never has a verdict."""
+    return state.attempts(run)[-1].number > number
 
 
 def final(now: Status) -> bool:

@@ -169,11 +169,11 @@ def snapshot(run: Path, origin: Path) -> None:
 @contextlib.contextmanager
 def not_cancelled(runs: Sequence[Path], name: str, say: Say) -> Iterator[None]:
     """Around sbatch: the script must not find RUN/cancelled. Where the job is refused it is there again."""
-    marks = [mark for mark in (run / CANCELLED for run in runs) if mark.exists()]
+    marks = {mark: mark.read_bytes() for mark in (run / CANCELLED for run in runs) if mark.exists()}
 
     def restore() -> None:
-        for mark in marks:
-            mark.touch()
+        for mark, ids in marks.items():
+            mark.write_bytes(ids)
 
     for mark in marks:
         mark.unlink(missing_ok=True)

@@ -259,7 +259,7 @@ class Look:
         id, name = self.jobs.chain[-1], self.jobs.name
         words = next((job.state for job in remembered if job.id == id and name in ("", job.name)), "")
         cut = "no verdict; `launch logs` shows its last words" if self.tried else "not one rank began"
-        if (self.run / CANCELLED).exists():
+        if set(_lines(self.run / CANCELLED)) & set(self.jobs.chain):
             return "CANCELLED", "", "attempts"
         if words and words not in slurm.LIVE:
             return words, _again(self.tried) or cut, "sacct"

@@ -6,7 +6,8 @@
 #   end_attempt $?             after it: done, failed, or the same job again
 #
 # An attempt is one start of the job's ranks. Its folder holds `job` (who and where), and of every rank its log, its
-# host from the beginning and its exit code at the end: a rank without one was killed. `end` holds the verdict:
+# host from the beginning and its exit code at the end: a rank without one was killed. rank-R.missing: whom R missed, by
+# number. `end` holds the verdict:
 #
 #   done                       every rank ended with 0
 #   failed CODE                a rank ended with a code that is not to be tried again
@@ -60,7 +61,7 @@ end_attempt() {
     _verdict "done"
     exit 0
   fi
-  if [ -e cancelled ] || _cancelled; then
+  if grep -qxF "$(_job_id)" cancelled 2> /dev/null || _cancelled; then
     _verdict cancelled
     exit "$rc"
   fi
@@ -131,46 +132,43 @@ _times() {
   echo "$times"
 }
 
-# Hosts on which a rank was killed, unless that is every host.
+# Hosts on which a rank was killed, unless that is every host. Of ranks without an exit code, those that a peer missed:
+# srun kills the others too, where they have not ended WAIT seconds after the first (they wait for a packet that was lost).
 _suspects() {
-  local rank
-  for rank in "$CAUC_ATTEMPT"/rank-*.host; do
-    [ -e "${rank%.host}.exit" ] || cat "$rank" 2> /dev/null # where none began, the pattern itself
-  done | sort -u > "$CAUC_ATTEMPT/suspects"
-  if [ "$(wc -l < "$CAUC_ATTEMPT/suspects")" = "$SLURM_JOB_NUM_NODES" ] && [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
-    : > "$CAUC_ATTEMPT/suspects"
-  fi
+  local killed missed hosts
+  killed=$(for rank in "$CAUC_ATTEMPT"/rank-*.host; do [ -e "${rank%.host}.exit" ] || echo "${rank%.host}"; done)
+  missed=$(sed "s|^|$CAUC_ATTEMPT/rank-|" "$CAUC_ATTEMPT"/rank-*.missing 2> /dev/null | grep -xF "$killed")
+  hosts=$(for rank in ${missed:-$killed}; do cat "$rank.host" 2> /dev/null; done | sort -u) # where none began: no file
+  if [ "$(wc -w <<< "$hosts")" = "$SLURM_JOB_NUM_NODES" ] && [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then hosts=""; fi
+  printf '%s' "${hosts:+$hosts$'\n'}" > "$CAUC_ATTEMPT/suspects"
 }
 
-# Hosts that were suspected twice; nothing where this attempt had none of them.
-_bad_nodes() {
-  local bad
-  bad=$(cat attempts/*/suspects 2> /dev/null | sort | uniq -d)
-  if [ -n "$bad" ] && cat "$CAUC_ATTEMPT"/rank-*.host | grep -qxF "$bad"; then paste -sd, - <<< "$bad"; fi
-}
+# Hosts that were suspected twice.
+_bad_nodes() { cat attempts/*/suspects 2> /dev/null | sort | uniq -d; }
 
 # The job once more: by requeueing, which keeps its id; where it cannot be, or nodes are to be left out, as a new job.
 _again() {
   local verdict=$1 bad
   bad=$(_bad_nodes)
-  if [ -n "$bad" ] && _resubmit "$verdict" "$bad"; then return; fi # it fails where no other nodes are left
+  if [ -n "$bad" ] && cat "$CAUC_ATTEMPT"/rank-*.host | grep -qxF "$bad"; then # else they are left out already
+    if _resubmit "$verdict" "$(paste -sd, - <<< "$bad")"; then return; fi # it fails where no other nodes are left
+  fi
   if command -v scontrol > /dev/null; then
     _verdict "$verdict" requeued
     scontrol requeue "$(_job_id)" && return
     if _is_requeued; then return; fi # in this very moment
   fi
+  if [ -n "$bad" ] && _resubmit "$verdict" "$(paste -sd, - <<< "$bad")"; then return; fi
   _resubmit "$verdict" "" || _verdict "$verdict" "given up: neither scontrol nor sbatch works here"
 }
 
 # A new job, without the nodes $2, that may start only when this one is over: the run folder is never two jobs'.
 _resubmit() {
-  local verdict=$1 bad=$2 script=${CAUC_SCRIPT:-$0} before id without
+  local verdict=$1 bad=$2 script=${CAUC_SCRIPT:-$0} before id asked without
   before=$(_job_id)
-  without=$(grep '^#SBATCH --exclude=' "$script" | tail -n 1) # the user's, which the option would replace
-  without=${without#*=}
-  without=${without//[\"\']/} # submitit quotes what a shell would read
+  _asked
   without=${bad:+$bad${without:+,$without}}
-  id=$(cd -- "$SLURM_SUBMIT_DIR" && _clean sbatch --parsable --dependency="afterany:$before" \
+  id=$(cd -- "$SLURM_SUBMIT_DIR" && _clean sbatch --parsable --dependency="afterany:$before" "${asked[@]}" \
     ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} ${without:+--exclude="$without"} "$script") || return
   id=${id%%;*}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
   if [ -e "$SLURM_SUBMIT_DIR/slurm/${before}_submitted.pkl" ]; then
@@ -179,6 +177,35 @@ _resubmit() {
   echo "$id" >> resubmitted
   _verdict "$verdict" "resubmitted as $id${bad:+ without $bad}"
 }
+
+# What this job was given, by its script or by hand beside it: options in `asked`, the nodes to leave out in `without`.
+# SLURM tells neither a job's --signal nor its --requeue, --mail-* and the like: those are the script's.
+_asked() {
+  local limit features reservation tres log name variable
+  asked=()
+  IFS='|' read -r limit features reservation tres without \
+    < <(squeue -h -j "$(_job_id)" -o '%l|%f|%v|%b|%x' 2> /dev/null)
+  read -r log < <(squeue -h -j "$(_job_id)" -O STDOUT:4096 2> /dev/null)
+  case $log in *"$SLURM_JOB_ID"*) log="" ;; esac # newer ones fill the id in
+  [ -n "${without//(null)/}" ] || without=$(_in_script exclude)
+  case ",$(_in_script partition)," in *",$SLURM_JOB_PARTITION,"*) ;; *) _ask partition "$SLURM_JOB_PARTITION" ;; esac
+  for name in job-name:JOB_NAME account:JOB_ACCOUNT qos:JOB_QOS nodes:JOB_NUM_NODES ntasks:NTASKS \
+    ntasks-per-node:NTASKS_PER_NODE cpus-per-task:CPUS_PER_TASK mem:MEM_PER_NODE mem-per-cpu:MEM_PER_CPU \
+    gpus:GPUS gpus-per-node:GPUS_PER_NODE gpus-per-task:GPUS_PER_TASK; do
+    variable=SLURM_${name#*:}
+    _ask "${name%:*}" "${!variable:-}"
+  done
+  if [ -z "${SLURM_GPUS_PER_NODE:-}" ]; then _ask gres "${tres#gres[:/]}"; fi
+  _ask time "$limit"
+  _ask constraint "$features"
+  _ask reservation "$reservation"
+  _ask output "$log"
+}
+
+_ask() { case $2 in "" | "(null)" | N/A) ;; *) asked+=("--$1=$2") ;; esac }
+
+# The value of an option in the batch script; submitit quotes what a shell would read.
+_in_script() { sed -n "s/^#SBATCH --$1=//p" "$script" | tail -n 1 | tr -d "\"'"; }
 
 # N, or N_K: SLURM_JOB_ID of one task is N, which SLURM's commands take for all tasks.
 _job_id() { echo "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"; }

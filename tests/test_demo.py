@@ -8,7 +8,7 @@ import pytest
 
 from cauc_dist.cli import main
 from cauc_dist.demo import METHODS, verdict
-from cauc_dist.probe import Table
+from cauc_dist.table import Table
 
 pytestmark = [pytest.mark.demo, pytest.mark.timeout(600)]
 

@@ -6,17 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
-from sklearn.metrics import balanced_accuracy_score
 
 from cauc_dist import probe, recipes, spawn
 from cauc_dist.config import Encoder, Projector
 from cauc_dist.errors import BadInput
 from cauc_dist.prepare import prepare
-from cauc_dist.probe import Score, Table
 from cauc_dist.store.layout import Column
 from cauc_dist.store.reader import Store
 from cauc_dist.stream.plan import split
 from cauc_dist.stream.values import values
+from cauc_dist.table import Score, Table
 
 AGE, SEX = Column("age", "number"), Column("sex", "category", ("F", "M"))
 RNG = np.random.default_rng(0)
@@ -54,7 +53,7 @@ def test_a_linear_relation_is_found_and_noise_is_not() -> None:
 
 def test_the_mean_absolute_error_and_r2_are_those_of_ridge_by_hand() -> None:
     x, y = RNG.normal(size=(80, 3)), RNG.normal(size=80) * 10 + 40
-    score = probe.score_column(AGE, x[:60], y[:60], x[60:], y[60:])
+    score = probe.score_column(AGE, x[:60], y[:60], x[60:], y[60:], as_is=True)
     candidates = []
     for alpha in np.logspace(-3, 6, 28):  # leave-one-out by refitting: what RidgeCV does in closed form
         left_out = [
@@ -82,17 +81,6 @@ def test_separable_classes_are_told_apart() -> None:
     assert (score.value, score.detail["accuracy"], score.detail["auc"]) == (1.0, 1.0, 1.0)
 
 
-def test_auc_is_sklearns_and_a_class_that_nobody_held_out_has_takes_no_part() -> None:
-    from sklearn.metrics import roc_auc_score
-
-    y, p = RNG.integers(0, 2, 30).astype(float), RNG.random((30, 1))
-    both = np.hstack([1 - p, p])
-    assert probe._auc(y, both, np.array([0.0, 1.0]))["auc"] == pytest.approx(roc_auc_score(y, p[:, 0]))
-    with_third = np.hstack([both, np.zeros((30, 1))])
-    assert probe._auc(y, with_third, np.array([0.0, 1.0, 2.0])) == probe._auc(y, both, np.array([0.0, 1.0]))
-    assert probe._auc(np.zeros(30), both, np.array([0.0, 1.0])) == {}
-
-
 def test_subjects_without_a_value_take_no_part() -> None:
     x, y = RNG.normal(size=(60, 3)), RNG.normal(size=60)
     missing = y.copy()
@@ -101,21 +89,6 @@ def test_subjects_without_a_value_take_no_part() -> None:
     ours = probe.score_column(AGE, x[:40], missing[:40], x[40:], missing[40:])
     theirs = probe.score_column(AGE, x[keep][:39], y[keep][:39], x[keep][39:], y[keep][39:])
     assert ours.errors == theirs.errors
-
-
-def test_the_interval_of_a_mean_is_near_the_normal_one() -> None:
-    errors = RNG.normal(10, 3, 400)
-    low, high = probe.interval(400, lambda rows: errors[rows].mean(-1))
-    half = 1.96 * errors.std() / 20
-    assert low == pytest.approx(errors.mean() - half, abs=0.05)
-    assert high == pytest.approx(errors.mean() + half, abs=0.05)
-
-
-def test_balanced_accuracy_of_resamples_is_sklearns() -> None:
-    y, predicted = RNG.integers(0, 3, 50), RNG.integers(0, 3, 50)
-    rows = RNG.integers(0, 50, (20, 50))
-    found = probe.balanced_accuracy(y[rows].astype(float), (y != predicted)[rows].astype(float))
-    assert found == pytest.approx([balanced_accuracy_score(y[r], predicted[r]) for r in rows])
 
 
 def table(**errors: list[float]) -> Table:
@@ -182,11 +155,6 @@ def test_the_probe_fits_on_the_subjects_that_the_run_trained_on(run: Path, store
     y = Store.open(store).metadata(["age"])[:, 0]
     assert found.chance["age"] == pytest.approx(np.abs(y[test] - np.median(y[train])).mean())
     assert found.chance["site"] == pytest.approx(1 / 3)
-
-
-def test_features_that_never_change_become_zero() -> None:
-    x = np.array([[1.0, 2.0], [1.0, 4.0], [1.0, 9.0]])
-    assert probe.standardise(x, 2).tolist() == [[0.0, -1.0], [0.0, 1.0], [0.0, 6.0]]
 
 
 def copy_with(run: Path, into: Path, old: str, new: str) -> Path:
@@ -292,3 +260,87 @@ def test_a_category_is_compared_by_balanced_accuracy() -> None:
     majority = Score("balanced acc.", 0.5, 0, 1, {}, [0.0] * 18 + [1.0] * 2, truth)
     telling = Score("balanced acc.", 0.9, 0, 1, {}, [1.0] * 4 + [0.0] * 16, truth)
     assert telling.compare(majority)[0] == pytest.approx((14 / 18 + 1) / 2 - 0.5)
+
+
+# ---- beside the linear probes of h
+
+
+@pytest.fixture(scope="module")
+def full(run: Path) -> Table:
+    return probe.probe([run], ["age", "sex"], knn=True, after_projector=True, geometries=True, few_labels=(8, 14))
+
+
+def test_what_is_asked_for_beside_the_linear_probes_changes_none_of_them(run: Path, full: Table) -> None:
+    plain = probe.probe([run], ["age", "sex"])
+    assert {name: full.scores[name] for name in plain.scores} == plain.scores
+    assert (plain.few, plain.geometry) == ({}, {})
+    ends = ["", ", kNN", ", z", ", z, kNN"]
+    expected = [m + end for m in ("demo_cauc", "untrained") for end in ends] + ["raw voxels", "raw voxels, kNN"]
+    assert list(full.scores) == expected
+
+
+def test_the_projector_is_probed_on_the_rows_that_the_loss_sees(run: Path, store: Path, full: Table) -> None:
+    from cauc_dist import checkpoint
+    from cauc_dist.prepare import load
+    from cauc_dist.stream.loader import read_all
+    from cauc_dist.train import build_model
+
+    config, opened = load(run), Store.open(store)
+    saved, _ = checkpoint.latest(run)
+    assert saved is not None
+    model = build_model(config, opened.shape).eval()
+    checkpoint.load_module(model, saved.tensors, ema=True)
+    train, test = split(opened.subjects, 4, 0)
+    x = read_all(opened, np.arange(24), values(opened, config.data.normalise, train))
+    z = model(x).detach().double().numpy()
+    age = opened.metadata(["age"])[:, 0]
+    by_hand = probe.score_column(AGE, z[train], age[train], z[test], age[test])
+    assert full.scores["demo_cauc, z"]["age"].errors == pytest.approx(by_hand.errors, rel=1e-3)
+
+
+def test_few_labels_of_ages_in_whole_years_are_drawn_as_those_of_any_other_number() -> None:
+    """A ten-thousandth of a day more or less, and nothing changes: the kind of the column says how, not its values."""
+    x, years = RNG.normal(size=(120, 3)), RNG.integers(20, 40, 120).astype(float)
+    days = years + RNG.uniform(-1e-7, 1e-7, 120)
+    whole, part = (probe.few_of(AGE, x[:80], y[:80], x[80:], y[80:], (20, 60)) for y in (years, days))
+    assert whole["20"] == pytest.approx(part["20"], rel=1e-4)
+    assert whole["60"] == pytest.approx(part["60"], rel=1e-4)
+
+
+def test_few_labels_are_scored_by_the_same_headline(full: Table) -> None:
+    assert list(full.few) == ["demo_cauc", "demo_cauc, z", "untrained", "untrained, z", "raw voxels"]
+    assert all(list(found) == ["8", "14"] for row in full.few.values() for found in row.values())
+    assert all(0 <= mean <= 1 and sd >= 0 for row in full.few.values() for mean, sd in row["sex"].values())
+
+
+def test_budgets_that_no_column_allows_are_refused_before_a_scan_is_read(run: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(BadInput, match=r"100 labels of age; wanted 2 to 18, the training subjects with a value"):
+        probe.probe([run], ["age"], few_labels=(100,), say=said.append)
+    with pytest.raises(BadInput, match=r"3 labels of sex; wanted 4 to 18"):
+        probe.probe([run], ["sex"], few_labels=(3,), say=said.append)
+    assert said == []
+
+
+def test_a_full_table_comes_back_from_json_and_an_old_one_too(full: Table) -> None:
+    import json
+
+    assert Table.from_json(full.to_json()) == full
+    old = {k: v for k, v in json.loads(full.to_json()).items() if k not in ("few", "geometry")}
+    assert Table.from_json(json.dumps(old)).scores == full.scores
+
+
+def test_a_table_says_labels_and_geometry_below_the_scores(full: Table) -> None:
+    lines = str(full).splitlines()
+    assert "8 labels" in next(line for line in lines if line.startswith("age (MAE) "))
+    head = next(line for line in lines if "conditional uniformity" in line)
+    assert head.split("  ")[-1] == "effective rank"
+    assert sum(line.startswith(("demo_cauc, train", "untrained, held-out")) for line in lines) == 2
+
+
+def test_neighbours_are_compared_with_the_untrained_encoders_neighbours() -> None:
+    worst, best = [9.0, 8.0] * 5, [1.0, 2.0] * 5
+    one = table(untrained=best, **{"untrained, kNN": worst, "ours, kNN": [5.0, 6.0] * 5, "ours": [5.0, 6.0] * 5})
+    lines = {line.split("  ")[0]: line for line in str(one).splitlines()}
+    assert lines["ours, kNN"].endswith("*")
+    assert not lines["ours"].endswith("*")

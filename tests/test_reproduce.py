@@ -24,11 +24,13 @@ from cauc_dist.reproduce import Place, page, reproduce
 from cauc_dist.reproduce.cohort import store_of
 from cauc_dist.reproduce.member import Work
 from cauc_dist.reproduce.resample import Answers, Fold, difference, estimate, subject_counts
+from cauc_dist.reproduce.results import Scores
 from cauc_dist.store.reader import Store
 from cauc_dist.studies.splits import cross_validation
 from cauc_dist.study import Contrast, Evaluation, Member, Source, Study, Target, under
 
 N = 60
+pytestmark = pytest.mark.timeout(300)  # whole studies, in processes: beside other work they take their time
 
 
 def write_table(folder: Path) -> None:
@@ -105,7 +107,8 @@ def test_a_study_ends_in_a_table_of_every_method_target_and_evaluation(done: Pat
     assert {r["seeds"] for r in results["rows"]} == {2}
     assert all(r["low"] <= r["value"] <= r["high"] for r in results["rows"])
     assert {(r["method"], r["target"]) for r in rows(results, tag="proxy")} == {("cauc", "age"), ("calign_unif", "age")}
-    assert results["failed"] == []
+    assert results["failed"] == results["unfinished"] == []
+    assert sum(results["commits"].values()) == 12
     assert "paper value unavailable" in (done / "results.md").read_text()
     assert (done / "plane.svg").exists()
 
@@ -157,6 +160,13 @@ def test_some_methods_of_one_seed_then_the_others(data: Path, tmp_path: Path) ->
     assert {r["method"] for r in second["rows"]} == {"raw", "untrained"}
 
 
+@pytest.fixture(scope="module")
+def never_ended(data: Path) -> Path:
+    """Forty epochs of one method, undisturbed."""
+    reproduce(tiny(40), data / "whole", methods=["cauc"], seeds=1, data=data, jobs=1, say=lambda line: None)
+    return data / "whole"
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -181,7 +191,7 @@ def _begun(folder: Path, data: Path, until: Callable[[], bool], number: int) -> 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_study_that_was_ended_goes_on_to_the_numbers_of_one_that_was_not(
-    data: Path, tmp_path: Path, number: int
+    data: Path, never_ended: Path, tmp_path: Path, number: int
 ) -> None:
     part = tmp_path / "part"
     second = part / "runs" / "cauc-cv-s0-f0"
@@ -193,10 +203,9 @@ def test_a_study_that_was_ended_goes_on_to_the_numbers_of_one_that_was_not(
     _idle(second)
     assert (part / "runs" / "cauc-test-s0-f0" / "scores.json").exists()
     assert not (second / "scores.json").exists()
-    for folder in (part, tmp_path / "whole"):
-        reproduce(tiny(40), folder, methods=["cauc"], seeds=1, data=data, jobs=1, say=lambda line: None)
+    reproduce(tiny(40), part, methods=["cauc"], seeds=1, jobs=1, say=lambda line: None)
     assert [e["event"] for e in journal.read(second) if e["event"] in ("start", "resume")] == ["start", "resume"]
-    one, other = (read(f / "runs" / second.name / "scores.json") for f in (part, tmp_path / "whole"))
+    one, other = (read(f / "runs" / second.name / "scores.json") for f in (part, never_ended))
     assert one["targets"] == other["targets"]
 
 
@@ -225,6 +234,9 @@ def test_a_member_that_fails_is_named_and_the_others_are_told(data: Path, tmp_pa
     assert sorted(results["failed"]) == ["cauc-cv-s0-f0", "cauc-cv-s0-f1", "cauc-test-s0-f0"]
     assert {row["method"] for row in results["rows"]} == {"raw"}
     assert any("cauc-test-s0-f0" in line and "not finite" in line for line in said)
+    later = reproduce(study, tmp_path, only="tables", say=lambda line: None)
+    assert later["unfinished"] == ["cauc-test-s0-f0", "cauc-cv-s0-f0", "cauc-cv-s0-f1"]
+    assert "Begun, not done: cauc-test-s0-f0" in (tmp_path / "results.md").read_text()
 
 
 def test_an_arm_that_cannot_be_trained_is_named_before_any_is(data: Path, tmp_path: Path) -> None:
@@ -251,6 +263,44 @@ def test_without_store_and_data_it_says_what_to_give(tmp_path: Path, monkeypatch
         reproduce(tiny(), tmp_path, say=lambda line: None)
     with pytest.raises(BadInput, match="no table in"):
         reproduce(tiny(), tmp_path, data=tmp_path, say=lambda line: None)
+
+
+def test_few_label_curves_leave_out_what_pre_training_read_all_labels_of(done: Path) -> None:
+    told = {(row["method"], row["target"]) for row in read(done / "results.json")["few"]}
+    assert told == {
+        ("cauc", "sex"),
+        ("calign_unif", "sex"),
+        *((m, t) for m in ("raw", "untrained") for t in ("age", "sex")),
+    }
+
+
+def _pair(scan: str) -> str:
+    return f"{int(scan.removeprefix('sub-')) // 2}"
+
+
+def test_scans_of_one_person_are_drawn_together(done: Path) -> None:
+    study = dataclasses.replace(tiny(), source=dataclasses.replace(tiny().source, person=_pair))
+    member = Member("raw", "cv", 0, 0)
+    record = read(done / "runs" / member.name / "scores.json")
+    other = dataclasses.replace(member, fold=1)
+    records = {member: record, other: read(done / "runs" / other.name / "scores.json")}
+    answers = Scores(study, records).answers()["raw", "age", "cv", "linear"]
+    people = sorted({_pair(f"sub-{i}") for i in range(N)})
+    assert answers.n == len(people) == N // 2
+    errors = np.abs(
+        np.subtract(record["targets"]["age"]["probes"]["linear"]["predicted"], record["targets"]["age"]["truth"])
+    )
+    for counts, draw in zip(subject_counts(answers.n, 5), answers.draws[:5, 0, 0], strict=True):
+        drawn = dict(zip(people, counts.astype(int), strict=True))
+        again = np.repeat(errors, [drawn[_pair(scan)] for scan in record["held_out"]])
+        assert draw == pytest.approx(again.mean())
+
+
+def test_a_store_whose_splits_are_of_another_version_is_refused(data: Path, tmp_path: Path) -> None:
+    store_of(tiny(), tmp_path / "s.zarr", data, lambda line: None)
+    dealt = Source("table", "made here", columns=lambda s: cross_validation(s, "cv{seed}f{fold}", 3, 2, person=_pair))
+    with pytest.raises(BadInput, match=r"column cv0f0 .* is not what the study makes now"):
+        store_of(dataclasses.replace(tiny(), source=dealt), tmp_path / "s.zarr", None, lambda line: None)
 
 
 def test_columns_of_a_study_are_added_once(data: Path, tmp_path: Path) -> None:

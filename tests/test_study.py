@@ -13,6 +13,7 @@ from cauc_dist import studies
 from cauc_dist.config import Objective, RunConfig
 from cauc_dist.errors import BadInput
 from cauc_dist.objective import READERS
+from cauc_dist.studies.hippocampus import person
 from cauc_dist.studies.ixi_hidden import MECHANISMS, SHARES, hidden
 from cauc_dist.studies.splits import cross_validation
 from cauc_dist.study import Contrast, Study, chosen, members, run_of, two_by_two, under
@@ -100,7 +101,7 @@ def test_the_run_of_a_member_has_its_seed_and_split() -> None:
     study = studies.get("hippocampus")
     member = next(m for m in members(study, ["anterior_cauc"]) if (m.seed, m.fold) == (3, 2))
     run = run_of(study, member, "s.zarr")
-    assert (run.seed, run.data.split, run.data.store) == (3, "cv3f2", "s.zarr")
+    assert (run.seed, run.data.split, run.data.store) == (3, "head3f2", "s.zarr")
 
 
 def test_an_unknown_study_or_method_is_named_with_the_nearest() -> None:
@@ -156,6 +157,17 @@ def test_a_subject_without_a_label_of_its_stratum_is_on_neither_side() -> None:
     assert Counter(entries[10:]) == {"train": 40, "test": 10}
 
 
+def test_both_sides_of_a_head_are_in_one_fold() -> None:
+    crops = _store(90)
+    crops.ids = crops.subjects
+    columns = cross_validation(crops, "head{seed}f{fold}", 2, 5, person=person)
+    for entries in columns.values():
+        part = dict(zip(crops.ids, entries, strict=True))
+        assert all(part[f"sub-{k:03d}"] == part[f"sub-{k + 1:03d}"] for k in range(1, 89, 2))
+        assert set(part.values()) == {"train", "test"}
+    assert studies.get("hippocampus").source.person is person
+
+
 def test_masks_of_hidden_ages_are_nested_and_of_training_subjects_only() -> None:
     store = _store(400)
     columns = hidden(store)
@@ -183,3 +195,22 @@ def test_old_ages_are_hidden_more_often_than_young_ones() -> None:
 def test_under_changes_the_objective_alone() -> None:
     run = RunConfig(name="x")
     assert dataclasses.replace(under(run, t=3.0), objective=run.objective) == run
+
+
+def test_probes_of_methods_that_saw_no_mask_are_fitted_under_every_mask() -> None:
+    study = studies.get("ixi_roi_hidden")
+    masks = {f"age_{mechanism}{share}" for mechanism in MECHANISMS for share in SHARES}
+    for method in ("simclr", "raw", "untrained", "cauc_0"):
+        assert set(study.visible_to(method, "age")) == masks
+    assert study.visible_to("cauc_complete_old50", "age") == ["age_old50"]
+    assert study.visible_to("simclr", "sex") == []
+
+
+def test_ignore_is_distinct_for_a_kernel_of_one_column() -> None:
+    import torch
+
+    from cauc_dist.kernels import parse
+
+    y = torch.tensor([[20.0], [float("nan")], [24.0], [float("nan")]], dtype=torch.float64)
+    one, other = (parse((f"age:gaussian:5:{policy}",), "product").fit(y)(y) for policy in ("ignore", "distinct"))
+    assert torch.equal(one, other)

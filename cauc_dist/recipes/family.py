@@ -56,7 +56,7 @@ def _recipe(base: Recipe, arm: str, suffix: str, changes: dict[str, Any]) -> Rec
 
 
 def under(run: RunConfig, arm: str, **changes: Any) -> RunConfig:
-    """The same run under another loss; one that reads no kernel keeps it, and its journal's geometry is judged by it."""
+    """The same run under another loss; where that reads no kernel, its journal's geometry is judged by the base's."""
     objective = dataclasses.replace(run.objective, name=ARMS[arm].name, **changes)
     if objective.name not in TWO_TERMS:
         objective = dataclasses.replace(objective, lambda_align=None)

@@ -7,7 +7,7 @@ the statistics, `page` and `figures` what is read.
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from cauc_dist import config, durable
 from cauc_dist.config import RunConfig
 from cauc_dist.errors import NON_FINITE, BadInput
-from cauc_dist.prepare import check
+from cauc_dist.prepare import PROVENANCE, check
 from cauc_dist.reproduce import figures, page, workers
 from cauc_dist.reproduce.cohort import store_of
 from cauc_dist.reproduce.member import SCORES, VERSION, Work
@@ -78,12 +78,30 @@ def tell(study: Study, place: Place, failed: Sequence[str], say: Say) -> dict[st
     if not records:
         raise BadInput(f"no member of {study.name} is done in {place.folder}", wanted="one", do="look into its logs")
     found = results(study, records, failed, place.folder)
+    found |= {"unfinished": unfinished(study, place), "commits": _commits(study, records, place)}
     durable.replace(place.folder / "results.json", (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
     durable.replace(place.folder / "results.md", page.markdown(found).encode())
     for path in figures.draw(found, place.folder):
         say(f"wrote {path}")
     say(f"wrote {place.folder / 'results.json'} and results.md: {len(records)} members")
     return found
+
+
+def unfinished(study: Study, place: Place) -> list[str]:
+    """Members that were begun, by any earlier call, and have no scores: what failed, was stopped, or is at work."""
+    begun = [m for m in members(study, chosen(study, ())) if _log(place, m).exists() or place.home(m).exists()]
+    return [m.name for m in begun if read_scores(place.home(m)) is None]
+
+
+def _log(place: Place, member: Member) -> Path:
+    return place.folder / LOGS / f"{member.name}.log"
+
+
+def _commits(study: Study, records: Iterable[Member], place: Place) -> dict[str, int]:
+    """How many of the trained members each state of the code trained; unknown where scores.json came alone."""
+    files = [place.home(member) / PROVENANCE for member in records if member.arm in study.arms]
+    states = [json.loads(file.read_text(encoding="utf-8"))["git"] if file.exists() else None for file in files]
+    return dict(Counter(page.state(git) for git in states))
 
 
 def read_scores(home: Path) -> dict[str, Any] | None:
@@ -133,11 +151,12 @@ def _run(study: Study, wanted: Sequence[Member], place: Place, jobs: int, say: S
     missing = [member for member in wanted if read_scores(place.home(member)) is None]
     say(f"{study.name}: {len(wanted)} members, {len(wanted) - len(missing)} are done, {jobs} at a time")
     (place.folder / LOGS).mkdir(parents=True, exist_ok=True)
-    sendable = dataclasses.replace(study, source=dataclasses.replace(study.source, columns=None))  # no functions
+    # functions stay here: some cannot be sent to a process
+    sendable = dataclasses.replace(study, source=dataclasses.replace(study.source, columns=None, person=None))
     tasks = []
     for member in missing:
         work = Work(sendable, member, _configured(study, member, place), place.home(member))
-        tasks.append(workers.Task(member.name, place.folder / LOGS / f"{member.name}.log", work))
+        tasks.append(workers.Task(member.name, _log(place, member), work))
     failed: Counter[str] = Counter()
     for i, ended in enumerate(workers.run(tasks, jobs, threads=max(1, cores() // jobs), cuda=_cuda(tasks)), 1):
         how = "" if ended.code == 0 else f" FAILED ({_why(ended)}, see {ended.log})"

@@ -1,8 +1,11 @@
 """The store of a study: ingested where it is missing, with the columns that the study makes from it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cauc_dist.errors import BadInput
 from cauc_dist.store.append import add_columns
@@ -27,12 +30,27 @@ def store_of(study: Study, path: Path, data: Path | None, say: Say) -> Store:
     if study.source.columns is not None:
         made = study.source.columns(store)
         known = {column.name for column in store.columns}
+        for name in sorted(known & set(made)):
+            _same(store, name, made[name])
         lacking = {name: entries for name, entries in made.items() if name not in known}
         if lacking:
             say(f"{len(lacking)} columns of splits and labels are added to {path}")
             add_columns(path, lacking)
             store = Store.open(path)
     return store
+
+
+def _same(store: Store, name: str, entries: Sequence[str] | NDArray[np.float64]) -> None:
+    """BadInput where the store's column of that name has other entries than the study makes now."""
+    codes, levels = store.metadata([name])[:, 0], store.column(name).levels
+    there = codes if not levels else ["" if np.isnan(code) else levels[int(code)] for code in codes]
+    equal = np.array_equal(there, entries, equal_nan=True) if not levels else list(there) == list(entries)
+    if not equal:
+        raise BadInput(
+            f"column {name} of {store.where} is not what the study makes now",
+            wanted="the splits and labels of one version of the study",
+            do="make a new store (another --folder), or run the version that made this one",
+        )
 
 
 def _found(source: Source, path: Path, data: Path | None) -> Path:

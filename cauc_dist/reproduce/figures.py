@@ -38,8 +38,9 @@ def _figure(path: Path, results: Results, paint: Callable[["Axes", Results], Non
 
 
 def _few(axes: "Axes", results: Results) -> None:
-    """The first target of the endpoint's evaluation by number of labels."""
-    first = results["contrasts"][0] if results["contrasts"] else results["few"][0]
+    """The endpoint's target by number of labels, in the first evaluation that has few-label probes of it."""
+    asked = results["contrasts"][0]["target"] if results["contrasts"] else None
+    first = next((row for row in results["few"] if row["target"] == asked), results["few"][0])
     curves: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
     for row in results["few"]:
         if (row["target"], row["evaluation"]) == (first["target"], first["evaluation"]):

@@ -203,10 +203,9 @@ class Asked:
             groups = self.store.metadata([target.within])[:, 0]
             among = inside(found[0][2], labels, groups[self.fit], groups[self.held][known])
             found.append(("linear-within", labels, among))
-        column = self.study.visible.get(self.member.arm, {}).get(target.column)
-        if column is not None:
+        for column in self.study.visible_to(self.member.arm, target.column):
             seen = self.store.metadata([column])[self.fit, 0]
-            found.append(("linear-visible", seen, linear(x, seen, x_test, truth)))
+            found.append((f"linear:{column}", seen, linear(x, seen, x_test, truth)))
         return found
 
     def _within(self, target: Target, predicted: Predicted, known: Rows) -> dict[str, Any]:

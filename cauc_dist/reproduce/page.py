@@ -88,7 +88,7 @@ def _few(few: Sequence[Mapping[str, Any]]) -> str:
     keys = dict.fromkeys(key[:3] for key in cell)
     lines = [[*key, *(cell.get((*key, n), "") for n in labels)] for key in keys]
     head = ["method", "target", "evaluation", *(f"{n} labels" for n in labels)]
-    return f"**Few labels** (mean +- sd over seeds and folds)\n\n{_grid(head, lines)}"
+    return f"**Few labels** of held-out targets (mean +- sd over seeds and folds)\n\n{_grid(head, lines)}"
 
 
 def _features(features: Sequence[Mapping[str, Any]]) -> str:
@@ -101,14 +101,23 @@ def _features(features: Sequence[Mapping[str, Any]]) -> str:
 
 def _notes(results: Mapping[str, Any]) -> str:
     made = results["provenance"]
-    git = made["git"] or {"commit": "unknown", "dirty": False}
     failed = f" Failed: {', '.join(results['failed'])}." if results["failed"] else ""
+    begun = [name for name in results["unfinished"] if name not in results["failed"]]
+    lacking = f" Begun, not done: {', '.join(begun)}." if begun else ""
+    trained = "".join(f"; {n} trained by {commit}" for commit, n in results["commits"].items())
     return (
         "[95 % intervals, subjects and seeds resampled; comparisons across folds by Nadeau and Bengio's corrected t.] "
         "`proxy`: the loss read this label. Figures of arXiv 2111.05643: paper value unavailable. "
-        f"{results['members']} members of {results['folder']}, commit {git['commit'][:12]}"
-        f"{' and changes' if git['dirty'] else ''}, {made['utc']}.{failed}"
+        f"{results['members']} members of {results['folder']}{trained}; tables by {state(made['git'])}, {made['utc']}."
+        f"{failed}{lacking}"
     )
+
+
+def state(git: Mapping[str, Any] | None) -> str:
+    """A state of the code, in words."""
+    if git is None:
+        return "unknown commit"
+    return f"commit {git['commit'][:12]}{' and changes' if git['dirty'] else ''}"
 
 
 def _grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -1,7 +1,8 @@
 """A metric as a function of how often each subject was drawn: intervals over subjects AND seeds.
 
 B draws, N subjects of a study, S seeds, F folds, m subjects held out of one fold. A draw is counts (B, N): what a
-resample with replacement of the N subjects holds of each. The same draws serve all methods: differences are paired.
+resample with replacement of the N subjects holds of each; all scans of a subject come together. The same draws serve
+all methods: differences are paired.
 """
 
 from collections.abc import Mapping

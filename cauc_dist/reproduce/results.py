@@ -27,12 +27,13 @@ class Scores:
 
     def answers(self) -> dict[Key, Answers]:
         """By method, target, evaluation and probe, but for probes without answers of subjects (few labels)."""
-        ids = sorted({id for record in self.records.values() for id in record["held_out"]})
-        place = {id: i for i, id in enumerate(ids)}
+        whose = self.study.source.person or str
+        people = sorted({whose(id) for record in self.records.values() for id in record["held_out"]})
+        place = {person: i for i, person in enumerate(people)}
         folds: defaultdict[Key, dict[tuple[int, int], Fold]] = defaultdict(dict)
         for member, record in self.records.items():
             for target, told in record["targets"].items():
-                at = np.array([place[record["held_out"][i]] for i in told["at"]], np.int64)
+                at = np.array([place[whose(record["held_out"][i])] for i in told["at"]], np.int64)
                 for probe, row in told["probes"].items():
                     if "predicted" in row:
                         fold = Fold(at, np.array(told["truth"]), np.array(row["predicted"]))
@@ -40,7 +41,7 @@ class Scores:
         found = {}
         for key, of in folds.items():
             if whole := self._whole(key, of):
-                found[key] = Answers(self.study.target(key[1]).metric, len(ids), whole)
+                found[key] = Answers(self.study.target(key[1]).metric, len(people), whole)
         return found
 
     def _whole(self, key: Key, folds: dict[tuple[int, int], Fold]) -> dict[tuple[int, int], Fold]:
@@ -67,7 +68,7 @@ def results(
         "failed": list(failed),
         "rows": [_row(study, key, of) for key, of in answers.items()],
         "contrasts": contrasts(study, answers, records),
-        "few": _few(records),
+        "few": _few(study, records),
         "features": _features(records),
     }
 
@@ -138,13 +139,16 @@ def _compared(study: Study, contrast: Contrast, a: Answers, b: Answers, sizes: t
     }
 
 
-def _few(records: Mapping[Member, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Few-label probes: mean and standard deviation over seeds and folds (of means over draws)."""
+def _few(study: Study, records: Mapping[Member, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Few-label probes: mean and standard deviation over seeds and folds (of means over draws).
+
+    Of held-out targets alone: pre-training read all the labels of a proxy, of which the probe would be given few.
+    """
     grouped: defaultdict[tuple[str, str, str, int], list[float]] = defaultdict(list)
     for member, record in records.items():
         for target, told in record["targets"].items():
             for probe, row in told["probes"].items():
-                if probe.startswith("few"):
+                if probe.startswith("few") and study.tag(member.arm, target) == "held-out target":
                     grouped[member.arm, target, member.evaluation, int(probe[3:])].append(row["value"])
     names = ("method", "target", "evaluation", "labels")
     return [{**dict(zip(names, key, strict=True)), **_spread(values)} for key, values in grouped.items()]

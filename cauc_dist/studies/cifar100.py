@@ -123,7 +123,7 @@ def cifar100_small() -> Study:
     """The same on 6,000 images, a network of 16 channels and half of the test set; for CPU cores."""
     about = "6,000 images of CIFAR-100, a ResNet-18 of a quarter of the width: the same question on two cores."
     study = _study("cifar100_small", recipes.cifar100_small(), "small", about, ("raw", "untrained"))
-    return dataclasses.replace(study, budgets=(1000,))
+    return dataclasses.replace(study, budgets=(500,))
 
 
 SIZES, EPOCHS, RATES = (16, 64, 256, 1024), 16, (3e-4, 1e-3, 3e-3)

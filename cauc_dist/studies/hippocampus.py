@@ -4,9 +4,17 @@ from cauc_dist.config import Augment, Checkpoint, Data, Encoder, Engine, Objecti
 from cauc_dist.studies.splits import cross_validation
 from cauc_dist.study import Contrast, Evaluation, Source, Study, Target, label_free, two_by_two, under
 
-REPEATS, FOLDS = 5, 5
+REPEATS, FOLDS, SPLIT = 5, 5, "head{seed}f{fold}"
 SD = {"anterior": 307, "posterior": 229}
 """Standard deviations of the volumes, mm3, over all 260: half of one is the kernel's sigma."""
+
+
+def person(crop: str) -> str:
+    """Whose head a crop is of: numbers 2k - 1 and 2k are its two sides.
+
+    The data say so, no table does: total volumes correlate .91 over the 90 such pairs, .06 over the pairs 2k, 2k + 1.
+    """
+    return f"{(int(crop.removeprefix('sub-')) + 1) // 2}"
 
 
 def base(column: str) -> RunConfig:
@@ -55,17 +63,18 @@ def hippocampus() -> Study:
             folder="hippocampus260",
             about="Medical Segmentation Decathlon, Task04 (CC BY-SA 4.0)",
             shape=(31, 40, 24),
-            columns=lambda store: cross_validation(store, "cv{seed}f{fold}", REPEATS, FOLDS),
+            columns=lambda store: cross_validation(store, SPLIT, REPEATS, FOLDS, person=person),
+            person=person,
         ),
         arms=arms,
-        evaluations=(Evaluation("cv", "cv{seed}f{fold}", seeds=REPEATS, folds=FOLDS),),
+        evaluations=(Evaluation("cv", SPLIT, seeds=REPEATS, folds=FOLDS),),
         targets=(Target("anterior_mm3", "mae"), Target("posterior_mm3", "mae")),
         primary=contrasts[0],
         endpoint=(
             "Mean absolute error (mm3) of the posterior volume (held-out target) by a ridge probe of h, kernel on the "
             "anterior volume, sigma half its standard deviation: conditional alignment with conditional uniformity "
-            "less conditional alignment with global uniformity, mean over 5 repeats of 5-fold cross-validation, "
-            "two-sided, corrected for overlapping training sets."
+            "less conditional alignment with global uniformity, mean over 5 repeats of 5-fold cross-validation (both "
+            "sides of a head in one fold), two-sided, corrected for overlapping training sets."
         ),
         contrasts=tuple(contrasts[1:]),
     )

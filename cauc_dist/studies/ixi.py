@@ -85,7 +85,8 @@ def ixi_roi() -> Study:
         endpoint=(
             "AUC of sex (held-out target) by a logistic probe of h, kernel on age, sigma 5 years: conditional "
             "alignment with conditional uniformity less conditional alignment with global uniformity, mean over "
-            "5 repeats of 5-fold cross-validation over all 447 subjects, two-sided, corrected for overlapping training sets."
+            "5 repeats of 5-fold cross-validation over all 447 subjects, two-sided, corrected for overlapping training "
+            "sets."
         ),
         contrasts=tuple(
             Contrast(arm, other, target, evaluation)

@@ -118,9 +118,13 @@ def squeue() -> None:
     for id, job in jobs.items():
         if wanted in (None, id):
             values = {"i": id, "j": job["name"], "T": job["state"], "r": job["reason"], "N": job["nodes"], "S": "N/A"}
-            values["L"] = job.get("left", "30:00")
-            if "-O" in ARGUMENTS:  # RestartCnt
-                print(job.get("restarts", "0"))
+            asked = job.get("asked", {})
+            values |= {"L": job.get("left", "30:00"), "l": asked.get("time", "30:00"), "b": "N/A"}
+            values |= {"f": asked.get("constraint", "(null)"), "v": asked.get("reservation", "(null)")}
+            values["x"] = asked.get("exclude", "")
+            if "-O" in ARGUMENTS:
+                what = ARGUMENTS[ARGUMENTS.index("-O") + 1]
+                print(job.get("restarts", "0") if what == "RestartCnt" else f"{asked.get('output', '')}   ")
                 continue
             form = ARGUMENTS[ARGUMENTS.index("-o") + 1]
             print("".join(values[part[0]] + part[1:] for part in form.split("%")[1:]))

@@ -13,7 +13,10 @@ import pytest
 from launch.script import ROOT
 from tests.launch.conftest import Slurm
 
-TOOLS = ["bash", "cat", "date", "env", "find", "grep", "ln", "ls", "mkdir", "mv", "paste", "sort", "tail", "uniq", "wc"]
+TOOLS = (
+    *("bash", "cat", "date", "env", "find", "grep", "ln", "ls", "mkdir", "mv", "paste", "sed", "sort", "tail", "tr"),
+    *("uniq", "wc"),
+)
 KILLED = None
 TWO_NODES = {0: "n1", 1: "n1", 2: "n2", 3: "n2"}
 
@@ -31,9 +34,12 @@ class Job:
         return self.run.parent / "slurm_script"
 
     def start(
-        self, exits: Sequence[int | None], rc: int | None = None, before: str = ":", **env: str
+        self, exits: Sequence[int | None], rc: int | None = None, before: str = ":", lines: str = "", **env: str
     ) -> subprocess.CompletedProcess[str]:
-        """One attempt: a rank for each exit code, on the nodes of TWO_NODES; KILLED leaves none. `before` they end."""
+        """One attempt: a rank for each exit code, on the nodes of TWO_NODES; KILLED leaves none. `before` they end.
+
+        `lines`: more of the script's first ones.
+        """
         ranks = "".join(
             f'echo {TWO_NODES[rank]} > "$CAUC_ATTEMPT/rank-{rank}.host"\n'
             + (
@@ -44,14 +50,13 @@ class Job:
             for rank, code in enumerate(exits)
         )
         rc = max([137 if code is KILLED else code for code in exits], default=127) if rc is None else rc
-        lines = [
+        script = [
             "#!/bin/bash",
             "#SBATCH --job-name=mine",
             "#SBATCH --nodes=2",
             "#SBATCH --time=10",
             "#SBATCH --exclude='n[7-8]'",  # as submitit writes it
-        ]
-        lines += [
+            lines,
             f". {ROOT}/slurm/attempt.sh",
             "export MASTER_PORT=777",
             "begin_attempt .",
@@ -60,7 +65,7 @@ class Job:
             f"{ranks}end_attempt {rc}",
             "",
         ]
-        self.script.write_text("\n".join(lines))
+        self.script.write_text("\n".join(script))
         if self.id not in self.slurm.queue or self.slurm.queue[self.id]["state"] == "PENDING":
             self.slurm.set(self.id, name="mine", state="RUNNING")
         here = {
@@ -137,11 +142,18 @@ def test_a_verdict_names_the_newest_checkpoint(job: Job) -> None:
 
 
 def test_a_run_that_launch_cancelled_is_not_tried_again(job: Job) -> None:
-    (job.run / "cancelled").touch()
+    (job.run / "cancelled").write_text("39\n40\n")
     job.start([5, 5])
     assert job.end() == ["cancelled"]
     job.start([0, 0])
     assert job.end() == ["done"]
+
+
+def test_a_run_that_was_cancelled_once_and_is_begun_by_hand_is_tried_again(job: Job) -> None:
+    """`sbatch slurm/train-srun.sbatch RUN` after `launch cancel RUN`: that job's time limit is no second cancel."""
+    (job.run / "cancelled").write_text("39\n4\n")
+    job.start([5, 5])
+    assert job.end() == ["again stopped none", "requeued"]
 
 
 AGAIN = ["again stopped none", "requeued"]
@@ -256,10 +268,22 @@ def test_a_resumed_run_has_its_tries_anew(job: Job) -> None:
 
 
 @pytest.mark.parametrize(
-    ("exits", "wanted"), [([6, 6, KILLED, 6], "n2\n"), ([6, 6, KILLED, KILLED], "n2\n"), ([KILLED, 6, KILLED, 6], "")]
+    ("exits", "missing", "wanted"),
+    [
+        ([6, 6, KILLED, 6], {}, "n2\n"),
+        ([6, 6, KILLED, KILLED], {}, "n2\n"),
+        ([KILLED, 6, KILLED, 6], {}, ""),
+        ([KILLED, KILLED, 6, KILLED], {2: "3"}, "n2\n"),  # 0 and 1 waited for a packet that was lost, and srun for them
+        ([KILLED, 6, KILLED, 6], {1: "2", 3: "0\n2"}, ""),  # both are gone
+        ([6, 6, 6, KILLED], {0: "2"}, "n2\n"),  # 2 has ended by itself: 0 came late
+        ([KILLED] * 4, {}, ""),
+    ],
 )
-def test_the_host_of_a_killed_rank_is_suspected_unless_all_are(job: Job, exits: list[int | None], wanted: str) -> None:
-    job.start(exits)
+def test_the_host_of_a_killed_rank_is_suspected_unless_all_are(
+    job: Job, exits: list[int | None], missing: dict[int, str], wanted: str
+) -> None:
+    notes = [f"echo -e '{text}' > $CAUC_ATTEMPT/rank-{rank}.missing" for rank, text in missing.items()]
+    job.start(exits, before="; ".join([":", *notes]))
     assert (job.run / "attempts" / "001" / "suspects").read_text() == wanted
 
 
@@ -310,6 +334,40 @@ def test_where_scontrol_is_missing_or_fails_a_new_job_waits_for_this_one(job: Jo
     assert job.slurm.queue["42"]["asked"]["dependency"] == "afterany:40"
     assert job.slurm.queue["42"]["asked"]["exclude"] == "n[7-8]"  # the user's own, of the script
     assert (job.run / "resubmitted").read_text() == "41\n42\n"
+
+
+def test_a_new_job_goes_on_without_the_nodes_that_the_last_one_was_kept_from(job: Job) -> None:
+    """They were left out by an option of sbatch, which the script has not."""
+    for exits in ([6, 6, 6, KILLED], [6, 6, KILLED, 6]):
+        job.start(exits)
+    job.id = "41"
+    (job.slurm.bin / "scontrol").unlink()
+    job.start([5])  # on n1 alone
+    assert job.end() == ["again stopped none", "resubmitted as 42 without n2"]
+    assert job.slurm.queue["42"]["asked"]["exclude"].split(",")[0] == "n2"
+
+
+def test_a_new_job_asks_for_what_was_given_to_sbatch_by_hand(job: Job) -> None:
+    (job.slurm.bin / "scontrol").unlink()
+    by_hand = {"time": "50:00", "constraint": "big", "exclude": "n5", "reservation": "mine", "output": "/here/a b.log"}
+    job.slurm.set("40", name="mine", state="RUNNING", asked=by_hand)  # type: ignore[arg-type]
+    given = {"PARTITION": "urgent", "ACCOUNT": "mine", "QOS": "high", "NAME": "a name"}
+    env = {f"SLURM_JOB_{key}": value for key, value in given.items()}
+    more = {"SLURM_NTASKS_PER_NODE": "1", "SLURM_CPUS_PER_TASK": "3", "SLURM_MEM_PER_NODE": "900"}
+    job.start([5, 5, 5], **env, **more, SLURM_GPUS_PER_NODE="2")
+    assert job.end()[1] == "resubmitted as 41"
+    asked = job.slurm.queue["41"]["asked"]
+    assert {name: asked[name] for name in by_hand} == by_hand
+    assert [asked[name] for name in ("partition", "account", "qos", "job-name")] == list(given.values())
+    numbers = ("nodes", "ntasks-per-node", "cpus-per-task", "mem", "gpus-per-node")
+    assert [asked[name] for name in numbers] == ["2", "1", "3", "900", "2"]
+
+
+def test_a_new_job_may_run_in_any_of_the_partitions_that_the_script_names(job: Job) -> None:
+    (job.slurm.bin / "scontrol").unlink()
+    job.start([5, 5], SLURM_JOB_PARTITION="main", lines="#SBATCH --partition=main,urgent")
+    (call,) = job.slurm.calls("sbatch")
+    assert not [word for word in call["arguments"] if word.startswith("--partition")]
 
 
 def test_where_sbatch_fails_too_it_says_so(job: Job) -> None:

@@ -132,6 +132,16 @@ class Cluster:
         rows = [line.split() for line in self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").splitlines()]
         return dict(rows)
 
+    def without_scontrol(self) -> Path:
+        """For a PATH: a folder with all the other programs."""
+        path = self.folder / "bin"
+        if not path.exists():
+            path.mkdir()
+            for program in Path("/usr/bin").iterdir():
+                if program.name != "scontrol":
+                    (path / program.name).symlink_to(program)
+        return path
+
     def mend(self) -> None:
         """No job, no slow link, every node up and idle."""
         self.run("scancel", "--user", "root,guest", check=False)

@@ -190,12 +190,10 @@ def lost_a_node(run: Run, node: str, looks: list[dict[str, Any]], whole: dict[in
     assert looks[-1]["restarts"] == 1
 
 
-@pytest.mark.long
 def test_a_run_whose_node_loses_its_link_finishes_on_others(lost: Lost, whole: dict[int, float]) -> None:
     lost_a_node(lost.cut, lost.nodes["cut"][1], lost.looks[lost.cut.folder], whole)
 
 
-@pytest.mark.long
 def test_a_run_whose_first_node_is_powered_off_finishes_on_others(lost: Lost, whole: dict[int, float]) -> None:
     lost_a_node(lost.off, lost.nodes["off"][0], lost.looks[lost.off.folder], whole)
     assert lost.off.hosts(0)[0] == lost.nodes["off"][0], "rank 0 was not on the node that was powered off"
@@ -223,7 +221,6 @@ if FULL:  # two minutes, most of it waiting: `make faults` runs it
         lost_a_node(run, run.hosts(0)[0], looks[run.folder], whole)
 
 
-@pytest.mark.long
 def test_a_node_on_which_a_rank_was_killed_twice_is_left_out_and_so_are_the_users(
     cluster: Cluster, whole: dict[int, float]
 ) -> None:
@@ -251,16 +248,10 @@ def test_a_node_on_which_a_rank_was_killed_twice_is_left_out_and_so_are_the_user
     assert run.steps() == whole
 
 
-@pytest.mark.long
 def test_without_scontrol_on_the_nodes_a_run_is_resubmitted_and_given_up_where_it_makes_no_progress(
     cluster: Cluster, whole: dict[int, float]
 ) -> None:
-    path = cluster.folder / "bin"
-    path.mkdir()
-    for program in Path("/usr/bin").iterdir():
-        if program.name != "scontrol":
-            (path / program.name).symlink_to(program)
-    site = cluster.site("without-scontrol", environment={"PATH": str(path)})
+    site = cluster.site("without-scontrol", environment={"PATH": str(cluster.without_scontrol())})
     run = cluster.submit("without-scontrol", *LONG, site=site, max_tries=2, **TWO)
     for life in range(2):  # in another place of the same thirty steps, on another node
         run.at_step(35 + life, life=life)
@@ -305,7 +296,6 @@ def recipe(cluster: Cluster, folder: Path) -> list[str]:
     return ["demo_cauc", "--data.store", str(cluster.store), "--run", str(folder)]
 
 
-@pytest.mark.long
 def test_a_sweep_with_a_poisoned_member_names_it_finishes_the_others_and_a_rerun_runs_that_one(
     cluster: Cluster,
 ) -> None:

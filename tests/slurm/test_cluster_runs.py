@@ -5,8 +5,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -52,22 +55,61 @@ def far_from_it(cluster: Cluster, run: Run) -> None:
     cluster.run("scontrol", "update", f"JobId={run.id}", "TimeLimit=10")
 
 
-@pytest.mark.long
+@dataclass
+class Late:
+    """Two runs at the same time whose time is over: SLURM looks every 30 s only, and that is waited for once."""
+
+    told: Run
+    """Twice, well before the end."""
+    deaf: Run
+    """Once, at the end: the notice of two seconds comes too late."""
+
+
+@pytest.fixture(scope="module")
+def late(slurm_cluster: Cluster) -> Iterator[Late]:
+    cluster = slurm_cluster
+    run = cluster.submit("limit", signal_seconds=115)  # due at once, when the limit is set
+    deaf = cluster.submit("deaf", "--epochs", "80", signal_seconds=2, nodes=2, ranks=1)
+    try:
+        for one in (run, deaf):
+            one.at_step(0)
+        assert not set(run.nodes()) & set(deaf.nodes())
+        for node in run.nodes():
+            cluster.rate(node, "4mbit")  # 60 steps last longer than it takes SLURM to look twice
+        for node in deaf.nodes():
+            cluster.rate(node, "8mbit")
+        for one in (run, deaf):
+            near_its_limit(cluster, one)
+        wait_for(lambda: run.verdicts()[0], 60, run.told)
+        far_from_it(cluster, run)
+        run.at_step(0, life=1)
+        near_its_limit(cluster, run)
+        wait_for(lambda: run.verdicts()[1] and deaf.verdicts()[0], 120, lambda: run.told() + deaf.told())
+        cluster.slow("none")
+        for one in (run, deaf):
+            far_from_it(cluster, one)
+        for one in (run, deaf):
+            one.wait(120)
+        yield Late(run, deaf)
+    finally:
+        cluster.mend()
+
+
+def test_ranks_that_miss_the_notice_hear_the_end_itself_save_and_are_no_cancelled_run(late: Late) -> None:
+    """squeue knows no time that is left then: %L is 0:00, or INVALID."""
+    run = late.deaf
+    (stopped,) = run.events("stopped")
+    assert stopped["signal"] == signal.SIGTERM
+    assert run.verdicts() == [f"again stopped {checkpoint.name_of(stopped['step'])}\nrequeued", "done"]
+    assert "DUE TO TIME LIMIT" in run.batch_log()
+    assert [event["step"] for event in run.events("resume")] == [stopped["step"]]
+    assert list(run.steps()) == list(range(240))
+
+
 def test_a_run_whose_time_is_over_twice_is_requeued_twice_and_ends_as_if_it_had_never_been(
-    cluster: Cluster, undisturbed: dict[int, float]
+    late: Late, undisturbed: dict[int, float]
 ) -> None:
-    run = cluster.submit("limit", signal_seconds=85)
-    run.at_step(0)
-    cluster.slow("4mbit")  # 60 steps last longer than it takes SLURM to look twice
-    near_its_limit(cluster, run)
-    wait_for(lambda: run.verdicts()[0], 60, run.told)
-    far_from_it(cluster, run)
-    run.at_step(0, life=1)
-    near_its_limit(cluster, run)
-    wait_for(lambda: run.verdicts()[1], 60, run.told)
-    cluster.slow("none")
-    far_from_it(cluster, run)
-    run.wait(120)
+    run = late.told
     first, second, last = run.verdicts()
     stopped = [event["step"] for event in run.events("stopped")]
     assert first == f"again stopped step-{stopped[0]:08d}\nrequeued"
@@ -80,7 +122,6 @@ def test_a_run_whose_time_is_over_twice_is_requeued_twice_and_ends_as_if_it_had_
     assert [re.search(r"restarts=(\d)", (path / "job").read_text())[1] for path in run.attempts()] == ["0", "1", "2"]  # type: ignore[index]
 
 
-@pytest.mark.long
 def test_a_killed_rank_is_a_crash_from_which_the_run_goes_on_at_its_newest_checkpoint(
     cluster: Cluster, undisturbed: dict[int, float]
 ) -> None:
@@ -90,12 +131,14 @@ def test_a_killed_rank_is_a_crash_from_which_the_run_goes_on_at_its_newest_check
     run.at_step(7)
     (host,) = set(run.hosts()[2:])
     cluster.run("kill", "-9", str(_inside(cluster, run, 3)))
-    cluster.slow("none")
+    wait_for(lambda: run.verdicts()[0], 60, run.told)
+    cluster.slow("none")  # no sooner: what waits in a slow link's queue is lost with it, the end of a connection too
     run.wait(150)
     assert run.verdicts() == ["again crashed step-00000006\nrequeued", "done"]
     assert [(path / "suspects").read_text().split() for path in run.attempts()[:1]] == [[host]]
     codes = {path.name: path.read_text().strip() for path in run.attempts()[0].glob("rank-*.exit")}
     assert codes == {"rank-0.exit": "6", "rank-1.exit": "6", "rank-2.exit": "6"}
+    assert [path.read_text().split() for path in run.attempts()[0].glob("rank-*.missing")] == [["3"]] * 3
     assert f"rank 3 (host {host}" in run.log(0, attempt=0)
     assert [event["step"] for event in run.events("resume")] == [6]
     assert run.steps() == undisturbed
