@@ -1,7 +1,12 @@
-"""Run a function on every rank of a fresh gloo world: real processes, real collectives, a fraction of a second."""
+"""Run a function, or a training, on ranks that are forked: real processes, real collectives, a fraction of a second.
+
+What is claimed of processes themselves (how they are started, told and ended) wants `cauc_dist.spawn` instead.
+"""
 
 import multiprocessing as mp
+import os
 import pickle
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -61,6 +66,45 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
     if failed:  # all of them: the first in order is often only the one whose connection was closed
         raise AssertionError("\n".join(failed))
     return [value for _, value in results]
+
+
+def train(folder: Path, ranks: int) -> list[int]:
+    """`cauc_dist.train.main(folder)` on so many ranks, which meet as those of `cauc train --ranks` do; their exit codes.
+
+    What they say goes to FOLDER.rank-R.log.
+    """
+    from torch.distributed import TCPStore
+
+    from cauc_dist import spawn
+
+    preload()
+    context = mp.get_context("forkserver")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    places = [spawn.environment(rank, ranks, store.port, 1) for rank in range(ranks)]
+    processes = [context.Process(target=_train, args=(str(folder), place), daemon=True) for place in places]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(120)
+    finally:
+        for process in processes:
+            process.kill()  # one that has ended is not there
+    return [process.exitcode for process in processes if process.join() is None]  # type: ignore[func-returns-value]
+
+
+def _train(folder: str, place: dict[str, str]) -> None:
+    from cauc_dist.train import main
+
+    os.environ.clear()
+    os.environ.update(place)
+    log = os.open(f"{folder}.rank-{place['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    code = main(folder)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as cauc_dist.train does
 
 
 def _receive(pipe: Connection, rank: int, timeout: float) -> tuple[bool, Any]:

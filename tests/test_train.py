@@ -21,6 +21,7 @@ from cauc_dist.store.reader import Store
 from cauc_dist.stream.plan import Plan, split
 from cauc_dist.train import build_model, main
 from cauc_dist.trainer import Feed, NonFinite, Step, Trainer, non_finite
+from tests import ranks as forked
 
 
 def config(store: Path, run: Path, **changes: object) -> RunConfig:
@@ -54,7 +55,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def trained(run: RunConfig, ranks: int) -> Path:
     folder = prepare(run, ranks)
-    assert spawn.start(ranks, str(folder), threads=1) == 0
+    assert forked.train(folder, ranks) == [0] * ranks
     return folder
 
 
@@ -145,7 +146,7 @@ def stopped(run: Path, into: Path) -> Path:
 
 def test_stopped_and_resumed_equals_never_stopped_to_the_bit(two: Path, tmp_path: Path) -> None:
     run = stopped(two, tmp_path / "run")
-    assert spawn.start(2, str(run), threads=1) == 0
+    assert forked.train(run, 2) == [0, 0]
     assert [e["event"] for e in journal.read(run)].count("resume") == 1
     assert curve(run) == curve(two)
     ours, theirs = weights(run), weights(two)
@@ -154,13 +155,13 @@ def test_stopped_and_resumed_equals_never_stopped_to_the_bit(two: Path, tmp_path
 
 def test_a_run_of_two_ranks_goes_on_with_three(two: Path, tmp_path: Path) -> None:
     run = stopped(two, tmp_path / "run")
-    assert spawn.start(3, str(run), threads=1) == 0
+    assert forked.train(run, 3) == [0, 0, 0]
     assert curve(run) == pytest.approx(curve(two), rel=1e-4, abs=1e-6)
 
 
 def test_a_finished_run_started_again_does_nothing_and_succeeds(one: Path, tmp_path: Path) -> None:
     shutil.copytree(one, tmp_path / "run")
-    assert spawn.start(1, str(tmp_path / "run"), threads=1) == 0
+    assert forked.train(tmp_path / "run", 1) == [0]
     assert curve(tmp_path / "run") == curve(one)
 
 
@@ -189,7 +190,7 @@ def test_kill_9_of_one_rank_ends_the_run_and_the_checkpoint_goes_on(store: Path,
     # The rest of the run, cut short: it goes on from the checkpoint, not from scratch.
     short = (run / "config.json").read_text().replace('"epochs": 400', f'"epochs": {saved.step // 3 + 1}')
     (run / "config.json").write_text(short)
-    assert spawn.start(2, str(run), threads=1) == 0
+    assert forked.train(run, 2) == [0, 0]
     resumed = next(e for e in journal.read(run) if e["event"] == "resume")
     assert resumed["step"] == saved.step
 
@@ -294,7 +295,7 @@ def test_a_signal_to_the_parent_saves_on_all_ranks_and_a_resume_ends_as_if_there
     assert saved.step == event["step"]  # nothing is done again
     if number == signal.SIGUSR2:
         assert event["signal"] == signal.SIGUSR2
-        assert spawn.start(2, str(run), threads=1) == 0
+        assert forked.train(run, 2) == [0, 0]
         whole = subprocess.run([*command, str(tmp_path / "whole")], stdout=subprocess.DEVNULL, check=False)
         assert whole.returncode == 0
         assert curve(run) == curve(tmp_path / "whole")
