@@ -85,7 +85,8 @@ def finetune(
         epochs, answers = tuning(weights, known)
         score = probe.score_of(column, answers)
         found[method] = replace(score, detail={**score.detail, "epochs": float(epochs)})
-        say(f"finetune: {method}: {epochs} epochs")
+        most = ", the most that it was given" if epochs == settings.epochs else ""
+        say(f"finetune: {method}: {epochs} epochs{most}")
     chance = {target: probe.chance_of(column, y[train], y[test])}
     scores = {method: {target: score} for method, score in found.items()}
     return Table(store.name, store.fingerprint, n, len(test), (target,), chance, scores, {name: saved.step})

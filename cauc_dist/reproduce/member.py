@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,8 @@ class Asked:
         """(probe, labels that it was fitted on, what it says of the known held-out subjects)."""
         n = len(self.fit)
         x, x_test, labels, truth = self.x[:n], self.x[n:][known], y[self.fit], y[self.held][known]
-        linear, knn = probe_of(target), scores.knn_classify if target.of_classes else scores.knn_regress
+        linear = self._probe(target)
+        knn = partial(scores.knn_classify if target.of_classes else scores.knn_regress, as_is=self._rotated)
         found = [("linear", labels, linear(x, labels, x_test, truth)), ("knn", labels, knn(x, labels, x_test, truth))]
         if self.confound is not None:
             c = self.confound[np.concatenate([self.fit, self.held])]
@@ -207,6 +209,15 @@ class Asked:
             seen = self.store.metadata([column])[self.fit, 0]
             found.append((f"linear:{column}", seen, linear(x, seen, x_test, truth)))
         return found
+
+    def _probe(self, target: Target) -> scores.Probe:
+        """The linear one."""
+        return partial(scores.logistic if target.of_classes else scores.ridge, as_is=self._rotated)
+
+    @property
+    def _rotated(self) -> bool:
+        """Whether the features are raw volumes on their principal axes, whose lengths say what matters."""
+        return self.member.arm == "raw" and int(np.prod(self.store.shape)) > FEW_FEATURES
 
     def _within(self, target: Target, predicted: Predicted, known: Rows) -> dict[str, Any]:
         """The AUC inside the bins of another column, where the target asks for it."""
@@ -223,15 +234,9 @@ class Asked:
             return {}
         n, seed = len(self.fit), self.member.seed
         x_test, truth = self.x[n:][known], y[self.held][known]
-        drawn = scores.few_labels(
-            self.x[:n], y[self.fit], x_test, truth, budgets=budgets, seed=seed, probe=probe_of(target)
-        )
+        how: dict[str, Any] = {"budgets": budgets, "seed": seed, "classes": target.of_classes}
+        drawn = scores.few_labels(self.x[:n], y[self.fit], x_test, truth, probe=self._probe(target), **how)
         return {f"few{b}": {"value": metric_of(target, drawn[b])} for b in budgets}
-
-
-def probe_of(target: Target) -> scores.Probe:
-    """The linear one."""
-    return scores.logistic if target.of_classes else scores.ridge
 
 
 def inside(predicted: Predicted, labels: Floats, groups: Floats, groups_test: Floats) -> Predicted:
