@@ -10,10 +10,13 @@ export OMP_NUM_THREADS ?= 1
 demo: $(READY)  ## the whole chain on a synthetic cohort, about three minutes
 	$(BIN)/cauc demo --folder demo/$$(date +%Y%m%d-%H%M%S)
 
-# Tests on the real cluster have the machine to themselves: they wait for what takes seconds.
-test: $(READY) $(VENV)/triton  ## the test suite, but for the long ones of `make test-slurm`
+# Tests on real clusters have the machine to themselves: they wait for what takes seconds. A file has a cluster of its
+# own, and most of its time is waiting: two at a time.
+ON_CLUSTERS := -n 2 --dist loadfile -m slurm tests/slurm
+
+test: $(READY) $(VENV)/triton  ## the whole test suite
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slurm"
-	$(BIN)/python -m pytest -m "slurm and not long"
+	$(BIN)/python -m pytest $(ON_CLUSTERS)
 
 # What a cluster of slurm/cluster needs; installed where that may be, else pytest and the demo say what is missing.
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core iproute2 util-linux
@@ -23,9 +26,9 @@ GET_SLURM = missing=; for program in $(SLURM_PROGRAMS); do \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); fi
 
-test-slurm: $(READY)  ## what needs a real cluster: one of four nodes on this machine, as root; five to ten minutes
+test-slurm: $(READY)  ## what needs a real cluster: two of four nodes each on this machine, as root; about six minutes
 	$(GET_SLURM)
-	$(BIN)/python -m pytest -m slurm tests/slurm
+	$(BIN)/python -m pytest $(ON_CLUSTERS)
 
 cluster-demo: $(READY)  ## a training on a SLURM cluster on this machine, as root; a node is powered off on the way
 	$(GET_SLURM)

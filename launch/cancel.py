@@ -49,8 +49,7 @@ def _scancel(live: Sequence[Status]) -> None:
     if not live:
         return
     for one in live:
-        with (one.folder / CANCELLED).open("a", encoding="utf-8") as file:
-            file.write(f"{one.id}\n")
+        _mark(one)
     try:
         slurm.call("scancel", *(one.id for one in live))
     except BadInput:
@@ -58,6 +57,14 @@ def _scancel(live: Sequence[Status]) -> None:
             for one in live:
                 (one.folder / CANCELLED).unlink(missing_ok=True)
             raise
+
+
+def _mark(one: Status) -> None:
+    """For the batch script: this job is not to be queued again."""
+    mark = one.folder / CANCELLED
+    known = mark.read_text(encoding="utf-8").split() if mark.exists() else []
+    if one.id not in known:
+        mark.write_text("".join(f"{id}\n" for id in (*known, one.id)), encoding="utf-8")
 
 
 def _until_over(live: Sequence[Status], deadline: float, every: float) -> list[Status]:

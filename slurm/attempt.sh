@@ -167,7 +167,7 @@ _resubmit() {
   local verdict=$1 bad=$2 script=${CAUC_SCRIPT:-$0} before id asked without
   before=$(_job_id)
   _asked
-  without=${bad:+$bad${without:+,$without}}
+  without=$bad${bad:+${without:+,}}$without
   id=$(cd -- "$SLURM_SUBMIT_DIR" && _clean sbatch --parsable --dependency="afterany:$before" "${asked[@]}" \
     ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} ${without:+--exclude="$without"} "$script") || return
   id=${id%%;*}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}

@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -36,5 +37,10 @@ def store(cohort: Path) -> Path:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    if any(hasattr(item.module, "run_ranks") for item in session.items if isinstance(item, pytest.Function)):
+    modules = {id(item.module): item.module for item in session.items if isinstance(item, pytest.Function)}
+    if any(_forks(module) for module in modules.values()):
         ranks.preload()
+
+
+def _forks(module: ModuleType) -> bool:
+    return any(value is ranks or getattr(value, "__module__", "") == ranks.__name__ for value in vars(module).values())

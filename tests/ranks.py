@@ -8,15 +8,17 @@ import os
 import pickle
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 # What DeepSpeed imports when an engine is made costs 3 s; a fork of a process that has it costs nothing.
-PRELOADED = ["torch._dynamo", "cauc_dist.train"]
+PRELOADED = ["torch._dynamo", "deepspeed", "cauc_dist.train"]
 
 
 def preload() -> None:
@@ -68,43 +70,56 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
     return [value for _, value in results]
 
 
-def train(folder: Path, ranks: int) -> list[int]:
-    """`cauc_dist.train.main(folder)` on so many ranks, which meet as those of `cauc train --ranks` do; their exit codes.
+def fork(fn: Callable[..., int], *args: Any, log: Path, env: Mapping[str, str]) -> BaseProcess:
+    """A process that ends with the code that `fn(*args)` returns, in that environment; it writes to LOG and LOG.err."""
+    preload()
+    process = mp.get_context("forkserver").Process(target=_forked, args=(fn, args, str(log), dict(env)), daemon=True)
+    process.start()
+    return process
 
-    What they say goes to FOLDER.rank-R.log.
+
+def _forked(fn: Callable[..., int], args: tuple[Any, ...], log: str, env: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    for stream, path in ((1, log), (2, f"{log}.err")):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    code = 1
+    try:
+        code = fn(*args)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as cauc_dist.train does
+
+
+def codes(processes: Sequence[BaseProcess], seconds: float = 120.0) -> list[int | None]:
+    """How they end; one that has not by then is killed."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def train(folder: Path, ranks: int) -> list[int | None]:
+    """`cauc_dist.train.main(folder)` on so many ranks, which meet as those of `cauc train --ranks`; their exit codes.
+
+    What they say goes to FOLDER.rank-R.log and FOLDER.rank-R.log.err.
     """
     from torch.distributed import TCPStore
 
     from cauc_dist import spawn
-
-    preload()
-    context = mp.get_context("forkserver")
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    places = [spawn.environment(rank, ranks, store.port, 1) for rank in range(ranks)]
-    processes = [context.Process(target=_train, args=(str(folder), place), daemon=True) for place in places]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(120)
-    finally:
-        for process in processes:
-            process.kill()  # one that has ended is not there
-    return [process.exitcode for process in processes if process.join() is None]  # type: ignore[func-returns-value]
-
-
-def _train(folder: str, place: dict[str, str]) -> None:
     from cauc_dist.train import main
 
-    os.environ.clear()
-    os.environ.update(place)
-    log = os.open(f"{folder}.rank-{place['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    code = main(folder)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # as cauc_dist.train does
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    places = [spawn.environment(rank, ranks, store.port, 1) for rank in range(ranks)]
+    logs = [Path(f"{folder}.rank-{rank}.log") for rank in range(ranks)]
+    return codes([fork(main, str(folder), log=log, env=env) for log, env in zip(logs, places, strict=True)])
 
 
 def _receive(pipe: Connection, rank: int, timeout: float) -> tuple[bool, Any]:

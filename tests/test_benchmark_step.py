@@ -52,7 +52,7 @@ def test_peak_memory_is_that_of_what_is_encoded_at_once(store: str) -> None:
 
 
 def test_what_cannot_run_says_why() -> None:
-    found = step.world_of(Point("memory", store="no such store"))
+    found = step.world_of(Point("memory", ranks=1, store="no such store"))
     assert "no such store" in found["not_run"]
 
 

@@ -12,14 +12,14 @@ from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 
-from cauc_dist import config, embed, recipes, spawn
+from cauc_dist import config, embed, recipes
 from cauc_dist.config import Encoder
 from cauc_dist.errors import BadInput
 from cauc_dist.estimator import ContrastiveEncoder
 from cauc_dist.prepare import load, parts, prepare
 from cauc_dist.store.reader import Store
 from cauc_dist.world import World
-from tests.ranks import run_ranks
+from tests import ranks as forked
 
 SMALL: dict[str, Any] = {
     "epochs": 2,
@@ -42,7 +42,7 @@ def kept(store: Path, tmp_path_factory: pytest.TempPathFactory) -> ContrastiveEn
 def test_it_trains_the_run_that_the_command_line_trains(kept: ContrastiveEncoder, store: Path, tmp_path: Path) -> None:
     settings = load(Path(kept.run))
     folder = prepare(dataclasses.replace(settings, run=tmp_path / "run"), 1)
-    assert spawn.start(1, str(folder)) == 0
+    assert forked.train(folder, 1) == [0]
     rows = np.arange(24)
     wanted, _ = embed.of_run(folder, World()).represent(rows)
     ours, _ = embed.of_run(Path(kept.run), World()).represent(rows)
@@ -147,5 +147,5 @@ def fit_within_a_group(store: Path) -> str:
 
 
 def test_within_a_process_group_it_is_refused(store: Path) -> None:
-    (told,) = run_ranks(1, fit_within_a_group, store)
+    (told,) = forked.run_ranks(1, fit_within_a_group, store)
     assert told.startswith("a process group of 1 in this process; wanted none: fit makes its own.")

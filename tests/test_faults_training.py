@@ -6,11 +6,14 @@ A killed rank is killed at a random moment of a random step; the run that goes o
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ import torch
 from cauc_dist import checkpoint, journal, spawn
 from cauc_dist.config import Checkpoint, Engine
 from cauc_dist.prepare import prepare
+from cauc_dist.train import main
+from tests import ranks as forked
 from tests.faults import Ledger, seeds
 from tests.test_train import config, curve
 
@@ -75,7 +80,7 @@ def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[i
     found: dict[int, tuple[list[float], Any]] = {}
     for kind in range(min(4, len(seeds(50)))):
         folder = prepare(config(store, tmp_path_factory.mktemp("whole") / "run", **changed(kind)), 2)
-        assert spawn.start(2, str(folder), threads=1) == 0
+        assert forked.train(folder, 2) == [0, 0]
         saved, _ = checkpoint.latest(folder)
         assert saved is not None
         found[kind] = curve(folder), saved.tensors
@@ -102,7 +107,7 @@ def test_a_run_whose_rank_is_killed_goes_on_and_ends_with_the_same_bits(
         assert f"rank {rank} (pid" in error
         assert "was ended by signal 9 (SIGKILL)" in error
         entry["steps"] = len(curve(folder))
-        assert spawn.start(2, str(folder), threads=1) == 0
+        assert forked.train(folder, 2) == [0, 0]
         resumed = [event["step"] for event in journal.read(folder) if event["event"] == "resume"]
         entry["resumed"] = resumed
         assert curve(folder) == losses
@@ -132,92 +137,85 @@ def test_a_frozen_rank_ends_the_run_within_its_timeout_and_is_named(
         assert "Traceback" not in error
 
 
+@contextmanager
+def alone(folder: Path, ranks: int, fn: Callable[..., int] = main) -> Iterator[list[BaseProcess]]:
+    """Ranks with no parent that would end them, or say how one ended; `said` has what they say."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    places = [
+        spawn.environment(rank, ranks, port, 1) | {"TORCHELASTIC_USE_AGENT_STORE": "False"} for rank in range(ranks)
+    ]
+    logs = [Path(f"{folder}.rank-{rank}") for rank in range(ranks)]
+    found = [forked.fork(fn, str(folder), log=log, env=env) for log, env in zip(logs, places, strict=True)]
+    try:
+        yield found
+    finally:
+        forked.codes(found, 0)
+
+
+def said(folder: Path, rank: int) -> str:
+    return Path(f"{folder}.rank-{rank}.err").read_text()
+
+
+def at(folder: Path, steps: int, ranks: list[BaseProcess]) -> None:
+    """Return when that many steps are in the journal."""
+    while len(curve(folder)) < steps:
+        assert ranks[0].is_alive(), said(folder, 0)
+        time.sleep(0.005)
+
+
 def test_where_a_rank_is_killed_without_a_parent_to_say_so_the_others_name_it(store: Path, tmp_path: Path) -> None:
     """As under srun or mpiexec: nobody but the ranks themselves."""
     folder = prepare(config(store, tmp_path / "run", epochs=2000), 3)
-    listening = subprocess.run(
-        [sys.executable, "-c", "import socket; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1])"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    place = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": listening.stdout.strip()}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "cauc_dist.train", str(folder)],
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    STARTED.extend(ranks)
-    after(folder, ranks[0], 3)
-    ranks[1].kill()
-    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [6, -9, 6]
-    assert f"error: rank 1 (host {os.uname().nodename}, pid {ranks[1].pid}) is gone, or frozen" in errors[0]
-    assert errors[2] == ""  # one readable message, once
+    with alone(folder, 3) as ranks:
+        at(folder, 3, ranks)
+        ranks[1].kill()
+        assert forked.codes(ranks, 60) == [6, -9, 6]
+    assert f"error: rank 1 (host {os.uname().nodename}, pid {ranks[1].pid}) is gone, or frozen" in said(folder, 0)
+    assert "error: " not in said(folder, 2)  # one readable message, once
 
 
-SLOW = """
-import os, sys, time
-from cauc_dist import trainer, train
-forward = trainer.Trainer._forward
-def slow(self, batch, step, k):
-    if os.environ["RANK"] == "1" and step.number == 5:
-        time.sleep(9)
-    return forward(self, batch, step, k)
-trainer.Trainer._forward = slow
-sys.exit(train.main(sys.argv[1]))
-"""
+def slow(folder: str) -> int:
+    """Rank 1 sleeps in its sixth step, as in a stalled read."""
+    from cauc_dist import trainer
+
+    forward = trainer.Trainer._forward
+
+    def late(self: trainer.Trainer, batch: Any, step: trainer.Step, k: int) -> torch.Tensor:
+        if os.environ["RANK"] == "1" and step.number == 5:
+            time.sleep(9)
+        return forward(self, batch, step, k)
+
+    trainer.Trainer._forward = late  # type: ignore[method-assign]
+    return main(folder)
 
 
 def test_a_rank_that_is_at_work_when_another_dies_is_not_taken_for_gone(store: Path, tmp_path: Path) -> None:
-    """It would meet the closed sockets long after the others."""
-    (tmp_path / "slow.py").write_text(SLOW)
+    """It meets the closed sockets long after the others."""
     folder = prepare(config(store, tmp_path / "run", epochs=2000), 3)
-    code = (
-        f"import sys; from cauc_dist import spawn; sys.exit(spawn.start(3, {str(folder)!r}, module='slow', threads=1))"
-    )
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    STARTED.append(
-        subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env
-        )
-    )
-    after(folder, STARTED[-1], 5)
-    place = pids(STARTED[-1])
-    time.sleep(1)  # step 5 is on its way on all ranks, and rank 1 asleep in it
-    os.kill(place[2], signal.SIGKILL)
-    _, error = STARTED[-1].communicate(timeout=60)
-    assert f"rank 2 (pid {place[2]}) was ended by signal 9" in error
-    assert "rank 0 " not in error
-    assert "rank 1 " not in error
+    with alone(folder, 3, slow) as ranks:
+        at(folder, 5, ranks)
+        time.sleep(1)  # step 5 is on its way on all ranks, and rank 1 asleep in it
+        ranks[2].kill()
+        assert forked.codes(ranks, 60) == [6, 6, -9]
+    assert "error: rank 2 (host" in said(folder, 0)
+    assert "rank 1 (" not in said(folder, 0)
 
 
 def test_ranks_that_live_and_do_not_reach_each_other_end_as_if_one_were_gone(store: Path, tmp_path: Path) -> None:
     """Rank 1 sleeps longer than the others wait, as in a stalled read: a launcher may try again."""
-    (tmp_path / "slow.py").write_text(SLOW)
     folder = prepare(config(store, tmp_path / "run", epochs=2000, engine=Engine(timeout_minutes=0.1)), 2)
-    code = (
-        f"import sys; from cauc_dist import spawn; sys.exit(spawn.start(2, {str(folder)!r}, module='slow', threads=1))"
-    )
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=90)
-    assert done.returncode == 6, done.stderr
-    assert "error: every rank is there, and they do not reach each other. `cauc resume" in done.stderr
+    with alone(folder, 2, slow) as ranks:
+        assert forked.codes(ranks, 90) == [6, 6]
+    assert "error: every rank is there, and they do not reach each other. `cauc resume" in said(folder, 0)
 
 
 def test_a_step_that_is_not_finite_is_left_out_counted_and_the_run_goes_on(store: Path, tmp_path: Path) -> None:
     """The first scan of the second step turns to infinity on its way, on one of two ranks."""
-    from tests.ranks import run_ranks
-
     for chunk in (None, 1):
         engine = Engine(on_non_finite="skip", encode_chunk=chunk)
         folder = prepare(config(store, tmp_path / f"run{chunk}", engine=engine), 2)
-        run_ranks(2, poisoned, folder, 1)
+        forked.run_ranks(2, poisoned, folder, 1)
         events = journal.read(folder)
         (left,) = [e for e in events if e["event"] == "non_finite"]
         assert (left["step"], left["left_out"]) == (1, 1)
@@ -228,12 +226,10 @@ def test_a_step_that_is_not_finite_is_left_out_counted_and_the_run_goes_on(store
 
 
 def test_ten_steps_in_a_row_that_are_not_finite_end_the_run_all_the_same(store: Path, tmp_path: Path) -> None:
-    from tests.ranks import run_ranks
-
     run = config(store, tmp_path / "run", epochs=5, engine=Engine(on_non_finite="skip"))
     folder = prepare(run, 1)
     with pytest.raises(AssertionError, match="the loss at step 11 is not finite"):
-        run_ranks(1, poisoned, folder, *range(2, 15))
+        forked.run_ranks(1, poisoned, folder, *range(2, 15))
     assert [e["step"] for e in journal.read(folder) if e["event"] == "non_finite"] == list(range(2, 12))
 
 

@@ -171,10 +171,12 @@ def test_the_frozen_rows_are_those_of_the_probe(run: Path) -> None:
 
 
 def test_the_command_writes_the_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["finetune", str(run), "--target", "group", "--epochs", "2"]) == 0
+    assert main(["finetune", str(run), "--target", "group", "--epochs", "1"]) == 0
     text = (run / "finetune-group.json").read_text()
     assert list(Table.from_json(text).scores) == list(json.loads(text)["scores"])
-    assert "demo_cauc, fine-tuned" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "finetune: demo_cauc, fine-tuned: 1 epochs, the most that it was given" in told
+    assert "untrained" in told
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,21 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cauc_dist import journal
 from cauc_dist.cli import main
+from cauc_dist.errors import BadInput
+from cauc_dist.world import World
+from tests.ranks import codes, fork, train
 from tests.test_cli import SMALL
 
 ROOT = Path(__file__).parents[1]
@@ -34,15 +41,6 @@ def environment(**more: str) -> dict[str, str]:
 
 def call(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment(**env))
-
-
-def begin(stack: ExitStack, *command: str, **env: str) -> subprocess.Popen[str]:
-    """A process that is killed, if it still runs, when the stack is left."""
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment(**env))
-    stack.enter_context(process)
-    stack.callback(process.kill)
-    return process
 
 
 def step(rank: int, ranks: int, nodes: str, ranks_a_node: int) -> dict[str, str]:
@@ -84,8 +82,8 @@ def options(store: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def one(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     run = tmp_path_factory.mktemp("one") / "run"
-    done = call(*CAUC, "train", *options, "--run", str(run))
-    assert done.returncode == 0, done.stderr
+    assert main(["train", *options, "--run", str(run), "--no-start"]) == 0
+    assert train(run, 1) == [0]
     return curve(run)
 
 
@@ -113,17 +111,12 @@ def test_ranks_of_mpiexec_have_the_curve_of_one_process(options: list[str], one:
     assert curve(run) == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
-def test_ranks_of_torchrun_have_the_curve_of_one_process_and_resume(
-    options: list[str], one: list[float], tmp_path: Path
-) -> None:
+def test_ranks_of_torchrun_have_the_curve_of_one_process(options: list[str], one: list[float], tmp_path: Path) -> None:
     run = tmp_path / "run"
     started = [*TORCHRUN, "--nproc-per-node", "2", "-m", "--", "cauc_dist"]  # without --, torchrun looks into --run
     done = call(*started, "train", *options, "--run", str(run), "--ranks", "2")
     assert done.returncode == 0, done.stderr
     assert curve(run) == pytest.approx(one, rel=1e-4, abs=1e-6)
-    again = call(*started, "resume", str(run))
-    assert again.returncode == 0, again.stderr
-    assert "from step 3" in again.stdout
 
 
 @pytest.mark.parametrize(
@@ -139,13 +132,11 @@ def test_ranks_of_torchrun_have_the_curve_of_one_process_and_resume(
 def test_what_rank_0_refuses_all_refuse_and_it_is_said_once(
     options: list[str], tmp_path: Path, wrong: list[str], message: str, code: int
 ) -> None:
-    command = [*CAUC, "train", *options, "--run", str(tmp_path / "run"), *wrong]
-    with ExitStack() as stack:
-        ranks = [begin(stack, *command, **step(rank, 2, "localhost", 2)) for rank in range(2)]
-        said = [rank.communicate(timeout=SECONDS) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [code, code]
-    assert re.search(message, said[0][1])
-    assert said[1] == ("", "")
+    words = ["train", *options, "--run", str(tmp_path / "run"), *wrong]
+    ranks = forked(tmp_path, [step(rank, 2, "localhost", 2) for rank in range(2)], main, words)
+    assert ends(ranks) == [code, code]
+    assert re.search(message, ranks[0].err)
+    assert (ranks[1].out, ranks[1].err) == ("", "")
     assert not (tmp_path / "run").exists()
 
 
@@ -216,70 +207,97 @@ def test_a_process_alone_loads_neither_mpi_nor_torch_to_know_it(env: dict[str, s
 
 # ---- ranks that are gone, frozen, or never came -------------------------------------------------------------------
 
-RANK = """
-import sys
-import torch
-import torch.distributed as dist
-from cauc_dist.errors import BadInput
-from cauc_dist.world import World
 
-world = World.from_env()
-try:
-    with world.process_group(torch.device("cpu"), start_minutes=float(sys.argv[1])):
-        again = dist.new_group()  # as DeepSpeed makes them
-        dist.all_reduce(torch.ones(1), group=again)
-        world.shorten(2 / 60)
-        print(f"{world.rank} is here", flush=True)
-        try:
-            while sys.argv[2] != "off":
-                if sys.argv[2] == f"rank {world.rank} fails":
-                    raise BadInput("a bad scan", wanted="a good one", do="mend it")
-                dist.all_reduce(torch.ones(1), group=again)
-        except RuntimeError:
-            print([world.name(rank) for rank in world.missing()], *world.failed, flush=True)
-            sys.exit(6)
-except BadInput as error:
-    sys.exit(str(error))
-"""
+def member(minutes: float, what: str) -> int:
+    """A rank that meets the others and calls a collective again and again, unless it is `off`."""
+    import torch
+    import torch.distributed as dist
+
+    world = World.from_env()
+    try:
+        with world.process_group(torch.device("cpu"), start_minutes=minutes):
+            again = dist.new_group()  # as DeepSpeed makes them
+            dist.all_reduce(torch.ones(1), group=again)
+            world.shorten(2 / 60)
+            print(f"{world.rank} is here", flush=True)
+            try:
+                while what != "off":
+                    if what == f"rank {world.rank} fails":
+                        raise BadInput("a bad scan", wanted="a good one", do="mend it")
+                    dist.all_reduce(torch.ones(1), group=again)
+            except RuntimeError:
+                print([world.name(rank) for rank in world.missing()], *world.failed, flush=True)
+                return 6
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+@dataclass
+class Rank:
+    """A forked process, and what it says."""
+
+    process: BaseProcess
+    log: Path
+
+    @property
+    def out(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    @property
+    def err(self) -> str:
+        return Path(f"{self.log}.err").read_text()
+
+
+def forked(folder: Path, envs: Sequence[dict[str, str]], fn: Callable[..., int], *args: Any) -> list[Rank]:
+    """A process for each environment."""
+    logs = [folder / f"rank-{i}" for i in range(len(envs))]
+    made = [fork(fn, *args, log=log, env=environment(**env)) for log, env in zip(logs, envs, strict=True)]
+    return [Rank(process, log) for process, log in zip(made, logs, strict=True)]
+
+
+def ends(ranks: Sequence[Rank], seconds: float = SECONDS) -> list[int | None]:
+    return codes([rank.process for rank in ranks], seconds)
 
 
 @pytest.mark.parametrize(
     ("number", "victim", "agent"),
     [(signal.SIGKILL, 1, False), (signal.SIGKILL, 0, False), (signal.SIGSTOP, 0, False), (signal.SIGSTOP, 0, True)],
 )
-def test_the_others_say_which_rank_was_killed_or_frozen(number: signal.Signals, victim: int, agent: bool) -> None:
+def test_the_others_say_which_rank_was_killed_or_frozen(
+    number: signal.Signals, victim: int, agent: bool, tmp_path: Path
+) -> None:
     from torch.distributed import TCPStore
 
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if agent else None
     port = server.port if server else free_port()
-    with ExitStack() as stack:
-        more = {"TORCHELASTIC_USE_AGENT_STORE": str(agent)}
-        command = [sys.executable, "-c", RANK, "1", "on"]
-        ranks = [begin(stack, *command, **explicit(rank, 3, port, **more)) for rank in range(3)]
-        for rank, process in enumerate(ranks):
-            assert process.stdout is not None
-            assert process.stdout.readline() == f"{rank} is here\n"
-        ranks[victim].send_signal(number)
-        others = [process for rank, process in enumerate(ranks) if rank != victim]
-        said = [process.communicate(timeout=30) for process in others]
-    gone = f"['rank {victim} (host {socket.gethostname()}, pid {ranks[victim].pid})']\n"
-    assert [out for out, _ in said] == [gone] * 2, said
-    assert [process.returncode for process in others] == [6, 6]
+    more = {"TORCHELASTIC_USE_AGENT_STORE": str(agent)}
+    ranks = forked(tmp_path, [explicit(rank, 3, port, **more) for rank in range(3)], member, 1.0, "on")
+    deadline = time.monotonic() + SECONDS
+    while any(rank.out != f"{i} is here\n" for i, rank in enumerate(ranks)):
+        assert time.monotonic() < deadline, [rank.err for rank in ranks]
+        time.sleep(0.02)
+    pid = ranks[victim].process.pid
+    assert pid is not None
+    os.kill(pid, number)
+    others = [rank for rank in ranks if rank is not ranks[victim]]
+    assert ends(others, 30) == [6, 6]
+    assert ends([ranks[victim]], 0) == [-9]
+    gone = f"['rank {victim} (host {socket.gethostname()}, pid {pid})']\n"
+    assert [rank.out.partition("\n")[2] for rank in others] == [gone] * 2
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
-def test_a_rank_that_ends_by_an_error_of_its_own_is_not_taken_for_gone(culprit: int) -> None:
+def test_a_rank_that_ends_by_an_error_of_its_own_is_not_taken_for_gone(culprit: int, tmp_path: Path) -> None:
     port = free_port()
-    with ExitStack() as stack:
-        command = [sys.executable, "-c", RANK, "1", f"rank {culprit} fails"]
-        ranks = [begin(stack, *command, **explicit(rank, 3, port)) for rank in range(3)]
-        said = [process.communicate(timeout=30) for process in ranks]
-    assert [process.returncode for process in ranks] == [1 if rank == culprit else 6 for rank in range(3)]
-    for rank, (out, error) in enumerate(said):
-        if rank == culprit:
-            assert "a bad scan; wanted a good one" in error
+    ranks = forked(tmp_path, [explicit(rank, 3, port) for rank in range(3)], member, 1.0, f"rank {culprit} fails")
+    assert ends(ranks, 60) == [1 if rank == culprit else 6 for rank in range(3)]
+    for i, rank in enumerate(ranks):
+        if i == culprit:
+            assert "a bad scan; wanted a good one" in rank.err
         else:
-            assert out == f"{rank} is here\n[] {culprit}\n", said
+            assert rank.out == f"{i} is here\n[] {culprit}\n"
 
 
 @pytest.mark.parametrize(
@@ -289,19 +307,19 @@ def test_a_rank_that_ends_by_an_error_of_its_own_is_not_taken_for_gone(culprit: 
         (1, rf"rank 1 on {socket.gethostname()} found no rank 0 at 127.0.0.1:\d+ in 0.05 minutes; wanted all 3 ranks"),
     ],
 )
-def test_a_rank_whose_peers_do_not_come_says_so(rank: int, message: str) -> None:
-    done = call(sys.executable, "-c", RANK, "0.05", "off", **explicit(rank, 3, free_port()))
-    assert done.returncode == 1
-    assert re.search(message, done.stderr)
+def test_a_rank_whose_peers_do_not_come_says_so(rank: int, message: str, tmp_path: Path) -> None:
+    alone = forked(tmp_path, [explicit(rank, 3, free_port())], member, 0.05, "off")
+    assert ends(alone) == [1]
+    assert re.search(message, alone[0].err)
 
 
-def test_a_port_that_is_taken_is_named() -> None:
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as server:
         port = server.getsockname()[1]
-        done = call(sys.executable, "-c", RANK, "0.05", "off", **explicit(0, 2, port))
-    assert done.returncode == 1
-    assert f"rank 0 cannot listen on port {port} (" in done.stderr
-    assert "; wanted a free port. Set MASTER_PORT" in done.stderr
+        alone = forked(tmp_path, [explicit(0, 2, port)], member, 0.05, "off")
+        assert ends(alone) == [1]
+    assert f"rank 0 cannot listen on port {port} (" in alone[0].err
+    assert "; wanted a free port. Set MASTER_PORT" in alone[0].err
 
 
 # ---- two hosts ----------------------------------------------------------------------------------------------------
@@ -347,7 +365,7 @@ def test_mpiexec_on_two_hosts_trains_as_one(
     run, ssh = tmp_path / "run", tmp_path / "ssh"
     ssh.write_text(f'#!/bin/sh\nshift 2\nexec {" ".join(hosts[1].enter)} sh -c "$*"\n')
     ssh.chmod(0o755)
-    start = [MPIEXEC, "-launcher", "ssh", "-launcher-exec", str(ssh), "-hosts", "n1,n2", "-ppn", "2", "-n", "4"]
+    start = [MPIEXEC, "-launcher", "ssh", "-launcher-exec", str(ssh), "-hosts", "n1,n2", "-ppn", "1", "-n", "2"]
     done = call(*hosts[0].enter, *start, *CAUC, "train", *options, "--run", str(run))
     assert done.returncode == 0, done.stderr
     assert curve(run) == pytest.approx(one, rel=1e-4, abs=1e-6)

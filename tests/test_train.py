@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from cauc_dist import checkpoint, journal, spawn
-from cauc_dist.config import Augment, Checkpoint, Data, Encoder, Objective, Optim, Projector, RunConfig
+from cauc_dist import checkpoint, journal
+from cauc_dist.config import Augment, Checkpoint, Data, Encoder, Objective, Optim, Projector, RunConfig, read
 from cauc_dist.prepare import prepare
 from cauc_dist.store.reader import Store
 from cauc_dist.stream.plan import Plan, split
@@ -196,14 +196,14 @@ def test_kill_9_of_one_rank_ends_the_run_and_the_checkpoint_goes_on(store: Path,
 
 
 def test_a_checkpoint_of_another_architecture_ends_with_code_2(
-    one: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(one, run)
     text = (run / "config.json").read_text()
     (run / "config.json").write_text(text.replace('"width": 2', '"width": 4'))
-    assert spawn.start(1, str(run), threads=1) == 2
-    assert "holds the architecture" in capfd.readouterr().err
+    assert main(str(run)) == 2
+    assert "holds the architecture" in capsys.readouterr().err
 
 
 def test_another_store_than_the_run_began_with_ends_with_code_2(
@@ -217,12 +217,10 @@ def test_another_store_than_the_run_began_with_ends_with_code_2(
     assert "has the fingerprint" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_ends_with_code_3_and_names_the_step(
-    store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_loss_that_is_not_finite_ends_with_code_3_and_names_the_step(store: Path, tmp_path: Path) -> None:
     run = prepare(config(store, tmp_path / "run", optim=Optim(lr=1e30, warmup_epochs=0)), 2)
-    assert spawn.start(2, str(run), threads=1) == 3
-    error = capfd.readouterr().err
+    assert forked.train(run, 2) == [3, 3]
+    error = "".join(Path(f"{run}.rank-{rank}.log.err").read_text() for rank in range(2))
     assert error.count("error: at step 1" if "error: at step 1" in error else "error: the loss at step 1") == 1
     assert any(e["event"] == "non_finite" for e in journal.read(run))
 
@@ -296,8 +294,8 @@ def test_a_signal_to_the_parent_saves_on_all_ranks_and_a_resume_ends_as_if_there
     if number == signal.SIGUSR2:
         assert event["signal"] == signal.SIGUSR2
         assert forked.train(run, 2) == [0, 0]
-        whole = subprocess.run([*command, str(tmp_path / "whole")], stdout=subprocess.DEVNULL, check=False)
-        assert whole.returncode == 0
+        undisturbed = dataclasses.replace(read(run / "config.json"), run=tmp_path / "whole")
+        assert forked.train(prepare(undisturbed, 2), 2) == [0, 0]
         assert curve(run) == curve(tmp_path / "whole")
 
 

@@ -33,7 +33,7 @@ def test_a_cancelled_run_leaves_the_queue_and_says_its_newest_checkpoint(
         f"{run.path}: CANCELLED; newest checkpoint step-00000007; `python -m launch resume {run.path}` goes on\n"
     )
     assert not slurm.queue
-    assert (run.path / "cancelled").exists()
+    assert (run.path / "cancelled").read_text() == "41\n"
 
 
 def test_members_of_a_sweep_are_cancelled_by_one_scancel_and_those_that_are_over_are_left(
@@ -71,6 +71,7 @@ def test_a_job_that_was_just_being_resubmitted_is_cancelled_too(slurm: Slurm, fo
     said: list[str] = []
     cancel.cancel([run.path], say=said.append, every=0.01)
     assert [call["arguments"] for call in slurm.calls("scancel")] == [["41"], ["42"]]
+    assert (run.path / "cancelled").read_text() == "41\n42\n"
     assert said == [f"{run.path}: CANCELLED; no checkpoint yet"]
 
 

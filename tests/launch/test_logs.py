@@ -154,3 +154,16 @@ def test_following_one_attempt_ends_with_it(
     follow = Following(monkeypatch, run.path, rank=1, attempt=1)
     assert follow.ends()
     assert follow.said == ["old\n"]
+
+
+def test_following_an_attempt_that_was_cut_off_ends_when_another_has_begun(
+    slurm: Slurm, folder: Callable[..., Folder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no verdict, and its job goes on for days."""
+    run = folder().job("41")
+    slurm.set("41", name=run.name, state="RUNNING")
+    run.attempt("41", logs=("old\n",))
+    run.attempt("41", logs=("new\n",))
+    follow = Following(monkeypatch, run.path, attempt=1)
+    assert follow.ends()
+    assert follow.said == ["old\n"]

@@ -193,6 +193,8 @@ def test_a_job_that_was_cancelled_before_it_began_is_cancelled_without_accountin
     slurm.has("no-accounting")
     run = folder().job("41")
     assert said(run)[0] == "GONE"
+    (run.path / "cancelled").write_text("40\n")  # of an earlier launch
+    assert said(run)[0] == "GONE"
     (run.path / "cancelled").write_text("41\n")
     assert said(run)[0] == "CANCELLED"
 

@@ -44,6 +44,18 @@ def test_a_dry_run_shows_the_very_script_that_is_then_queued(slurm: Slurm, submi
     assert "SLURM would start it at 2026-11-24T23:46:08" in wet.out
 
 
+def test_the_signal_is_the_one_that_the_ranks_listen_to_whatever_submitit_is_told_by_the_shell(
+    slurm: Slurm, submit: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """submitit takes another one from SUBMITIT_PREEMPT_SIGNAL, in the script and in the job."""
+    monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")
+    done = submit("--run", tmp_path / "run", "--signal-seconds", "30")
+    assert done.code == 0, done.err
+    job = slurm.queue["41"]
+    assert [line for line in job["script"].splitlines() if "--signal" in line] == ["#SBATCH --signal=USR2@30"]
+    assert "SUBMITIT_PREEMPT_SIGNAL" not in job["env"]
+
+
 @pytest.mark.parametrize("never", [False, True])
 def test_test_only_asks_slurm_queues_nothing_and_leaves_nothing(
     slurm: Slurm, submit: Launch, tmp_path: Path, never: bool

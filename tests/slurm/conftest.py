@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -319,6 +320,49 @@ class Run:
         ctld = (self.cluster.folder / "site" / "log" / "slurmctld.log").read_text().splitlines()
         words = [self.cluster.run("squeue"), str(self.cluster.states()), f"verdicts {self.verdicts()}", f"step {steps}"]
         return "\n".join([*words, "--- batch", self.batch_log()[-3000:], *logs[-4:], "--- slurmctld", *ctld[-25:]])
+
+
+@contextmanager
+def watched(*runs: Run) -> Iterator[dict[Path, list[dict[str, Any]]]]:
+    """What `launch status --watch` says of each run, every second, until none is live; there at the end."""
+    cluster, said = runs[0].cluster, runs[0].folder.with_suffix(".status")
+    words = [
+        "exec",
+        sys.executable,
+        "-m",
+        "launch",
+        "status",
+        *(str(run.folder) for run in runs),
+        "--json",
+        "--watch",
+        "1",
+    ]
+    found: dict[Path, list[dict[str, Any]]] = {run.folder: [] for run in runs}
+    with said.open("w") as file:
+        env = {**os.environ, "SITE": str(cluster.folder / "site")}
+        process = subprocess.Popen([SCRIPT, *words], env=env, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            yield found
+            assert process.wait(30) == 0, said.read_text()[-2000:]
+        finally:
+            process.kill()
+    for line in said.read_text().splitlines():
+        for status in json.loads(line):
+            found[Path(status["folder"])].append(status)
+
+
+def states(looks: list[dict[str, Any]]) -> str:
+    """The states one after the other, each once while it lasts."""
+    found = [look["state"] for look in looks]
+    return " ".join(state for i, state in enumerate(found) if i == 0 or found[i - 1] != state)
+
+
+FIRST_START = "(PENDING |CONFIGURING )*RUNNING "
+
+
+def requeued(times: int) -> str:
+    """A pattern of `states` of a run that goes on so often, and is never said to be anything else."""
+    return FIRST_START + f"(COMPLETING )?(REQUEUED RUNNING (COMPLETING )?){{{times}}}COMPLETED"
 
 
 @pytest.fixture(scope="session")

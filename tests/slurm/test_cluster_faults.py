@@ -9,11 +9,8 @@ import re
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +19,11 @@ import pytest
 
 from cauc_dist import checkpoint, journal
 from tests.faults import FULL
-from tests.slurm.conftest import ROOT, SCRIPT, Cluster, Run, wait_for
+from tests.slurm.conftest import FIRST_START, Cluster, Run, requeued, states, wait_for, watched
 
 LONG = ("--epochs", "40", "--checkpoint.every-epochs", "10")
 """120 steps, a checkpoint each 30: time for something to happen between two of them."""
 TWO = {"nodes": 2, "ranks": 1}
-FIRST_START = "(PENDING |CONFIGURING )*RUNNING "
 END = "(COMPLETING )?COMPLETED"
 
 
@@ -37,41 +33,6 @@ def whole(slurm_cluster: Cluster) -> dict[int, float]:
     curve = slurm_cluster.local(2, *LONG)
     assert list(curve) == list(range(120))
     return curve
-
-
-@contextmanager
-def watched(*runs: Run) -> Iterator[dict[Path, list[dict[str, Any]]]]:
-    """What `launch status --watch` says of each run, every second, until none is live; there at the end."""
-    cluster, said = runs[0].cluster, runs[0].folder.with_suffix(".status")
-    words = [
-        "exec",
-        sys.executable,
-        "-m",
-        "launch",
-        "status",
-        *(str(run.folder) for run in runs),
-        "--json",
-        "--watch",
-        "1",
-    ]
-    found: dict[Path, list[dict[str, Any]]] = {run.folder: [] for run in runs}
-    with said.open("w") as file:
-        env = {**os.environ, "SITE": str(cluster.folder / "site")}
-        process = subprocess.Popen([SCRIPT, *words], env=env, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            yield found
-            assert process.wait(30) == 0, said.read_text()[-2000:]
-        finally:
-            process.kill()
-    for line in said.read_text().splitlines():
-        for status in json.loads(line):
-            found[Path(status["folder"])].append(status)
-
-
-def states(looks: list[dict[str, Any]]) -> str:
-    """The states one after the other, each once while it lasts."""
-    found = [look["state"] for look in looks]
-    return " ".join(state for i, state in enumerate(found) if i == 0 or found[i - 1] != state)
 
 
 def rank_on(run: Run, node: str) -> int:
@@ -121,9 +82,7 @@ def test_a_preempted_run_saves_waits_and_goes_on_within_the_grace_time_and_witho
     assert run.steps() == whole
     full, _, slow = shares(run)
     assert slow > 2 * full, (full, slow)
-    assert re.fullmatch(
-        FIRST_START + "(COMPLETING )?(REQUEUED RUNNING (COMPLETING )?){2}COMPLETED", states(looks[run.folder])
-    )
+    assert re.fullmatch(requeued(2), states(looks[run.folder])), states(looks[run.folder])
     waiting = next(look for look in looks[run.folder] if look["state"] == "REQUEUED")
     assert f"stopped, newest checkpoint {checkpoint.name_of(first)}" in waiting["reason"]
     assert looks[run.folder][-1]["restarts"] == 2

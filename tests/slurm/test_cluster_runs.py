@@ -8,9 +8,9 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +18,7 @@ from cauc_dist import checkpoint
 from cauc_dist.config import from_json
 from cauc_dist.store.reader import Store
 from cauc_dist.train import card
-from tests.slurm.conftest import ROOT, SCRIPT, STEPS, Cluster, Run, wait_for
+from tests.slurm.conftest import ROOT, SCRIPT, STEPS, Cluster, Run, requeued, states, wait_for, watched
 
 OTHER_LAUNCHERS = {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1", "RANK": "7", "WORLD_SIZE": "9", "LOCAL_RANK": "7"}
 
@@ -42,6 +42,12 @@ def test_two_nodes_of_two_ranks_train_as_four_local_ranks_whatever_the_shell_and
     assert max(crossed["n3"], crossed["n4"]) < 1e5
 
 
+def limit(cluster: Cluster, run: Run, rate: str) -> None:
+    """The links of a run's nodes."""
+    for node in run.nodes():
+        cluster.rate(node, rate)
+
+
 def near_its_limit(cluster: Cluster, run: Run) -> None:
     """Set a time limit that is over in 50 to 110 s. SLURM looks every 30 s, and then sends a signal that is due."""
     began = int(re.search(r"began=(\d+)", (run.attempts()[-1] / "job").read_text())[1])  # type: ignore[index]
@@ -62,54 +68,68 @@ class Late:
     told: Run
     """Twice, well before the end."""
     deaf: Run
-    """Once, at the end: the notice of two seconds comes too late."""
+    """Once, at the end: its ranks do not hear the notice."""
+    looks: dict[Path, list[dict[str, Any]]]
+
+
+def deaf_site(cluster: Cluster) -> Path:
+    """Ranks in which SIGUSR2 is blocked, as in a library's thread that waits."""
+    folder = cluster.folder / "deaf"
+    folder.mkdir()
+    block = "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})\n"
+    (folder / "sitecustomize.py").write_text(block)
+    return cluster.site("deaf", setup=[f'export PYTHONPATH="$PYTHONPATH:{folder}"'])
 
 
 @pytest.fixture(scope="module")
-def late(slurm_cluster: Cluster) -> Iterator[Late]:
+def late(slurm_cluster: Cluster) -> Late:
     cluster = slurm_cluster
-    run = cluster.submit("limit", signal_seconds=115)  # due at once, when the limit is set
-    deaf = cluster.submit("deaf", "--epochs", "80", signal_seconds=2, nodes=2, ranks=1)
     try:
+        run = cluster.submit("limit", signal_seconds=115)  # due at once, when the limit is set
+        wait_for(run.nodes, 60, run.told)
+        limit(cluster, run, "2mbit")  # it is not to be over before the other one has begun
+        deaf = cluster.submit("deaf", "--epochs", "120", site=deaf_site(cluster), nodes=2, ranks=1)
+        wait_for(deaf.nodes, 60, deaf.told)
+        limit(cluster, deaf, "4mbit")
         for one in (run, deaf):
             one.at_step(0)
-        assert not set(run.nodes()) & set(deaf.nodes())
-        for node in run.nodes():
-            cluster.rate(node, "4mbit")  # 60 steps last longer than it takes SLURM to look twice
-        for node in deaf.nodes():
-            cluster.rate(node, "8mbit")
-        for one in (run, deaf):
-            near_its_limit(cluster, one)
-        wait_for(lambda: run.verdicts()[0], 60, run.told)
-        far_from_it(cluster, run)
-        run.at_step(0, life=1)
-        near_its_limit(cluster, run)
-        wait_for(lambda: run.verdicts()[1] and deaf.verdicts()[0], 120, lambda: run.told() + deaf.told())
-        cluster.slow("none")
-        for one in (run, deaf):
-            far_from_it(cluster, one)
-        for one in (run, deaf):
-            one.wait(120)
-        yield Late(run, deaf)
+        limit(cluster, run, "4mbit")  # 60 steps last longer than it takes SLURM to look twice
+        limit(cluster, deaf, "12mbit")  # 360 last two minutes, and two of them less than KillWait, 5 s here
+        with watched(run, deaf) as looks:
+            for one in (run, deaf):
+                near_its_limit(cluster, one)
+            wait_for(lambda: run.verdicts()[0], 60, run.told)
+            far_from_it(cluster, run)
+            run.at_step(0, life=1)
+            near_its_limit(cluster, run)
+            wait_for(lambda: run.verdicts()[1] and deaf.verdicts()[0], 120, lambda: run.told() + deaf.told())
+            cluster.slow("none")
+            for one in (run, deaf):
+                far_from_it(cluster, one)
+            for one in (run, deaf):
+                one.wait(120)
+        return Late(run, deaf, looks)
     finally:
         cluster.mend()
 
 
-def test_ranks_that_miss_the_notice_hear_the_end_itself_save_and_are_no_cancelled_run(late: Late) -> None:
+def test_ranks_that_do_not_hear_the_notice_hear_the_end_itself_save_and_are_no_cancelled_run(late: Late) -> None:
     """squeue knows no time that is left then: %L is 0:00, or INVALID."""
     run = late.deaf
     (stopped,) = run.events("stopped")
     assert stopped["signal"] == signal.SIGTERM
     assert run.verdicts() == [f"again stopped {checkpoint.name_of(stopped['step'])}\nrequeued", "done"]
     assert "DUE TO TIME LIMIT" in run.batch_log()
+    assert re.fullmatch(requeued(1), states(late.looks[run.folder])), states(late.looks[run.folder])
     assert [event["step"] for event in run.events("resume")] == [stopped["step"]]
-    assert list(run.steps()) == list(range(240))
+    assert list(run.steps()) == list(range(360))
 
 
 def test_a_run_whose_time_is_over_twice_is_requeued_twice_and_ends_as_if_it_had_never_been(
     late: Late, undisturbed: dict[int, float]
 ) -> None:
     run = late.told
+    assert re.fullmatch(requeued(2), states(late.looks[run.folder])), states(late.looks[run.folder])
     first, second, last = run.verdicts()
     stopped = [event["step"] for event in run.events("stopped")]
     assert first == f"again stopped step-{stopped[0]:08d}\nrequeued"
@@ -130,15 +150,19 @@ def test_a_killed_rank_is_a_crash_from_which_the_run_goes_on_at_its_newest_check
     cluster.slow()
     run.at_step(7)
     (host,) = set(run.hosts()[2:])
-    cluster.run("kill", "-9", str(_inside(cluster, run, 3)))
-    wait_for(lambda: run.verdicts()[0], 60, run.told)
-    cluster.slow("none")  # no sooner: what waits in a slow link's queue is lost with it, the end of a connection too
-    run.wait(150)
+    with watched(run) as looks:
+        cluster.run("kill", "-9", str(_inside(cluster, run, 3)))
+        wait_for(lambda: run.verdicts()[0], 60, run.told)
+        cluster.slow("none")  # no sooner: what waits in a slow link's queue is lost with it, a connection's end too
+        run.wait(150)
+    assert re.fullmatch(requeued(1), states(looks[run.folder])), states(looks[run.folder])
     assert run.verdicts() == ["again crashed step-00000006\nrequeued", "done"]
     assert [(path / "suspects").read_text().split() for path in run.attempts()[:1]] == [[host]]
     codes = {path.name: path.read_text().strip() for path in run.attempts()[0].glob("rank-*.exit")}
     assert codes == {"rank-0.exit": "6", "rank-1.exit": "6", "rank-2.exit": "6"}
-    assert [path.read_text().split() for path in run.attempts()[0].glob("rank-*.missing")] == [["3"]] * 3
+    missed = [path.read_text().split() for path in run.attempts()[0].glob("rank-*.missing")]
+    assert ["3"] in missed
+    assert all(one in (["3"], ["0"]) for one in missed)  # of who comes late, rank 0's store is gone
     assert f"rank 3 (host {host}" in run.log(0, attempt=0)
     assert [event["step"] for event in run.events("resume")] == [6]
     assert run.steps() == undisturbed
@@ -156,8 +180,11 @@ def test_scancel_leaves_a_checkpoint_of_the_last_step_and_the_run_is_not_begun_a
     run.at_step(0)
     cluster.slow("20mbit")  # SLURM waits 5 s here: for the step at hand, the next one and a checkpoint
     run.at_step(4)
-    cluster.run("scancel", run.id)
-    run.wait(60)
+    with watched(run) as looks:
+        wait_for(lambda: Path(f"{run.folder}.status").read_text(), 30, "a first look")
+        cluster.run("scancel", run.id)
+        run.wait(60)
+    assert re.fullmatch("RUNNING (COMPLETING )?CANCELLED", states(looks[run.folder])), states(looks[run.folder])
     assert run.verdicts() == ["cancelled"]
     (stopped,) = run.events("stopped")
     assert max(run.steps()) == stopped["step"] - 1 < STEPS - 1
