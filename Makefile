@@ -12,11 +12,11 @@ demo: $(READY)  ## the whole chain on a synthetic cohort, about three minutes
 
 # Tests on real clusters have the machine to themselves: they wait for what takes seconds. A file has a cluster of its
 # own, and most of its time is waiting: two at a time.
-ON_CLUSTERS := -n 2 --dist loadfile -m slurm tests/slurm
+ON_CLUSTERS := -n 2 --dist loadfile tests/slurm
 
-test: $(READY) $(VENV)/triton  ## the whole test suite
+test: $(READY) $(VENV)/triton  ## the test suite, but for the long ones of `make test-slurm`
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slurm"
-	$(BIN)/python -m pytest $(ON_CLUSTERS)
+	$(BIN)/python -m pytest $(ON_CLUSTERS) -m "slurm and not long"
 
 # What a cluster of slurm/cluster needs; installed where that may be, else pytest and the demo say what is missing.
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core iproute2 util-linux
@@ -28,7 +28,7 @@ GET_SLURM = missing=; for program in $(SLURM_PROGRAMS); do \
 
 test-slurm: $(READY)  ## what needs a real cluster: two of four nodes each on this machine, as root; about six minutes
 	$(GET_SLURM)
-	$(BIN)/python -m pytest $(ON_CLUSTERS)
+	$(BIN)/python -m pytest $(ON_CLUSTERS) -m slurm
 
 cluster-demo: $(READY)  ## a training on a SLURM cluster on this machine, as root; a node is powered off on the way
 	$(GET_SLURM)

@@ -113,6 +113,7 @@ def late(slurm_cluster: Cluster) -> Late:
         cluster.mend()
 
 
+@pytest.mark.long
 def test_ranks_that_do_not_hear_the_notice_hear_the_end_itself_save_and_are_no_cancelled_run(late: Late) -> None:
     """squeue knows no time that is left then: %L is 0:00, or INVALID."""
     run = late.deaf
@@ -125,6 +126,7 @@ def test_ranks_that_do_not_hear_the_notice_hear_the_end_itself_save_and_are_no_c
     assert list(run.steps()) == list(range(360))
 
 
+@pytest.mark.long
 def test_a_run_whose_time_is_over_twice_is_requeued_twice_and_ends_as_if_it_had_never_been(
     late: Late, undisturbed: dict[int, float]
 ) -> None:
