@@ -43,7 +43,7 @@ from cauc_dist.engine import Engine
 from cauc_dist.losses.batch import Batch, Exchange
 from cauc_dist.objective import Objective as Loss
 from cauc_dist.provenance import provenance
-from cauc_dist.spawn import start
+from cauc_dist.spawn import leave, start
 from cauc_dist.store.ingest import from_arrays
 from cauc_dist.store.layout import Column
 from cauc_dist.store.reader import Store
@@ -521,7 +521,7 @@ def main() -> int:
         point = point_of(json.loads(a.point))
         if "RANK" in os.environ:
             rank(point, a.out)
-            return 0
+            leave(0)
         return start(point.ranks, "--point", a.point, "--out", str(a.out), module="benchmarks.step", threads=1)
     record = json.loads(a.table.read_text()) if a.table else benchmark(a.quick, a.only, a.out)
     print(summary(record))

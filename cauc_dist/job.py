@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
+
+from cauc_dist.spawn import leave
 
 ATTEMPT = "CAUC_ATTEMPT"
 """The folder of this start of the job's ranks, where slurm/attempt.sh has made one."""
@@ -34,7 +36,7 @@ class Job:
     def __call__(self) -> None:
         code = work(self.run)
         if ATTEMPT in os.environ:
-            _leave(code)
+            leave(code)
         if code:
             raise RuntimeError(f"the training of {self.run} ended with exit code {code} (docs/running.md)")
 
@@ -71,13 +73,6 @@ def again() -> bool:
     return Path(os.environ.get(ATTEMPT, FIRST)).name != FIRST
 
 
-def _leave(code: int) -> NoReturn:
-    """As `python -m cauc_dist.train` does: past the interpreter's teardown."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 def _missed(ranks: Sequence[int]) -> None:
     """For slurm/attempt.sh: which of the ranks without an exit code was the first to be gone."""
     _note("missing", "\n".join(map(str, ranks)))
@@ -91,4 +86,4 @@ def _note(what: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    _leave(work(sys.argv[1]))
+    leave(work(sys.argv[1]))

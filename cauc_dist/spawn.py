@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from cauc_dist.errors import BAD_INPUT, LOST, NON_FINITE, STOPPED
 from cauc_dist.world import cores, loopback_interface
@@ -70,6 +71,16 @@ def start(ranks: int, *arguments: str, module: str = "cauc_dist.train", threads:
         if module == "cauc_dist.train":
             print(f"`cauc resume {arguments[0]}` goes on.", file=sys.stderr)
     return codes[rank] if codes[rank] >= 0 else 128 - codes[rank]
+
+
+def leave(code: int) -> NoReturn:
+    """End this process past the interpreter's teardown, in which torch has ended with std::terminate, rarely.
+
+    Seen at the end of ranks whose work was done (docs/log.md, 2026-11-24 and 2026-11-27).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def environment(rank: int, ranks: int, port: int, threads: int) -> dict[str, str]:

@@ -31,6 +31,7 @@ from cauc_dist.journal import Journal, begun
 from cauc_dist.objective import Objective
 from cauc_dist.prepare import check_store, load, plan_of, stage_folder
 from cauc_dist.progress import Progress
+from cauc_dist.spawn import leave
 from cauc_dist.store.reader import Store
 from cauc_dist.store.stage import stage
 from cauc_dist.stream.loader import Loader
@@ -473,8 +474,4 @@ def _goes_on(folder: str) -> str:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # In the interpreter's teardown torch has ended with std::terminate, rarely (docs/log.md, 2026-11-24).
-    os._exit(code)
+    leave(main(sys.argv[1]))

@@ -8,7 +8,6 @@ import contextlib
 import multiprocessing as mp
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -100,9 +99,7 @@ def _main(task: Task) -> None:
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # torch's teardown has ended with std::terminate (docs/log.md, 2026-11-24)
+    spawn.leave(code)
 
 
 def _tied() -> None:
