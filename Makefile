@@ -14,9 +14,9 @@ demo: $(READY)  ## the whole chain on a synthetic cohort, about three minutes
 # own, and most of its time is waiting: two at a time.
 ON_CLUSTERS := -n 2 --dist loadfile tests/slurm
 
-test: $(READY) $(VENV)/triton  ## the test suite, but for the long ones of `make test-slurm`
+test: $(READY) $(VENV)/triton  ## the whole test suite
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slurm"
-	$(BIN)/python -m pytest $(ON_CLUSTERS) -m "slurm and not long"
+	$(BIN)/python -m pytest $(ON_CLUSTERS) -m slurm
 
 # What a cluster of slurm/cluster needs; installed where that may be, else pytest and the demo say what is missing.
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core iproute2 util-linux

@@ -56,9 +56,14 @@ def near_its_limit(cluster: Cluster, run: Run) -> None:
 
 
 def far_from_it(cluster: Cluster, run: Run) -> None:
-    """The same for a job that was requeued, as soon as its last attempt is over."""
-    wait_for(lambda: run.queue_state() in ("PENDING", "RUNNING"), 60, run.told)
-    cluster.run("scontrol", "update", f"JobId={run.id}", "TimeLimit=10")
+    """A requeued job keeps its limit, of which it would be told again: as soon as SLURM takes another one."""
+    longer = ("scontrol", "update", f"JobId={run.id}", "TimeLimit=10")
+    wait_for(lambda: cluster.run(*longer, check=False) == "", 60, run.told)
+
+
+def stopped_for_the(time: int, run: Run) -> None:
+    """Return when its ranks have saved and say so, before the job ends: the next attempt has not begun."""
+    wait_for(lambda: len(run.events("stopped")) == time, 90, run.told)
 
 
 @dataclass
@@ -98,14 +103,15 @@ def late(slurm_cluster: Cluster) -> Late:
         with watched(run, deaf) as looks:
             for one in (run, deaf):
                 near_its_limit(cluster, one)
-            wait_for(lambda: run.verdicts()[0], 60, run.told)
+            stopped_for_the(1, run)
             far_from_it(cluster, run)
             run.at_step(0, life=1)
             near_its_limit(cluster, run)
-            wait_for(lambda: run.verdicts()[1] and deaf.verdicts()[0], 120, lambda: run.told() + deaf.told())
+            stopped_for_the(2, run)
+            far_from_it(cluster, run)
+            wait_for(lambda: deaf.verdicts()[0], 150, deaf.told)
+            far_from_it(cluster, deaf)
             cluster.slow("none")
-            for one in (run, deaf):
-                far_from_it(cluster, one)
             for one in (run, deaf):
                 one.wait(120)
         return Late(run, deaf, looks)
@@ -113,7 +119,6 @@ def late(slurm_cluster: Cluster) -> Late:
         cluster.mend()
 
 
-@pytest.mark.long
 def test_ranks_that_do_not_hear_the_notice_hear_the_end_itself_save_and_are_no_cancelled_run(late: Late) -> None:
     """squeue knows no time that is left then: %L is 0:00, or INVALID."""
     run = late.deaf
@@ -126,7 +131,6 @@ def test_ranks_that_do_not_hear_the_notice_hear_the_end_itself_save_and_are_no_c
     assert list(run.steps()) == list(range(360))
 
 
-@pytest.mark.long
 def test_a_run_whose_time_is_over_twice_is_requeued_twice_and_ends_as_if_it_had_never_been(
     late: Late, undisturbed: dict[int, float]
 ) -> None:
