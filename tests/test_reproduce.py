@@ -20,7 +20,7 @@ from cauc_dist import journal
 from cauc_dist.cli import main
 from cauc_dist.config import Augment, Checkpoint, Data, Encoder, Engine, Objective, Optim, Projector, RunConfig
 from cauc_dist.errors import BadInput
-from cauc_dist.reproduce import Place, page, reproduce
+from cauc_dist.reproduce import Place, figures, page, reproduce
 from cauc_dist.reproduce.cohort import store_of
 from cauc_dist.reproduce.member import Work
 from cauc_dist.reproduce.resample import Answers, Fold, difference, estimate, subject_counts
@@ -102,7 +102,10 @@ def test_a_study_ends_in_a_table_of_every_method_target_and_evaluation(done: Pat
     results = read(done / "results.json")
     told = {(r["method"], r["target"], r["evaluation"]) for r in rows(results, probe="linear")}
     assert told == {
-        (m, t, e) for m in ("cauc", "calign_unif", "raw", "untrained") for t in ("age", "sex") for e in ("test", "cv")
+        (m, t, e)
+        for m in ("cauc", "calign_unif", "raw", "untrained", "chance")
+        for t in ("age", "sex")
+        for e in ("test", "cv")
     }
     assert {r["seeds"] for r in results["rows"]} == {2}
     assert all(r["low"] <= r["value"] <= r["high"] for r in results["rows"])
@@ -132,6 +135,45 @@ def test_ridge_on_raw_features_is_scikit_learns(done: Path) -> None:
     wanted = np.abs(RidgeCV(np.logspace(-3, 6, 28)).fit(x[train], y[train]).predict(x[~train]) - y[~train]).mean()
     row = rows(read(done / "results.json"), method="raw", target="age", evaluation="test", probe="linear")[0]
     assert row["value"] == pytest.approx(wanted, rel=0.02)  # another grid of penalties would differ by less
+
+
+def test_chance_is_the_median_of_the_training_part_and_tells_no_two_subjects_apart(done: Path) -> None:
+    store, results = Store.open(done / "store.zarr"), read(done / "results.json")
+    y, part = store.metadata(["age", "split"]).T
+    train = part == store.column("split").levels.index("train")
+    wanted = np.abs(y[~train] - np.median(y[train])).mean()
+    (age,) = rows(results, method="chance", target="age", evaluation="test")
+    assert age["value"] == pytest.approx(wanted, rel=1e-4)  # answers are kept to 6 digits
+    assert {row["value"] for row in rows(results, method="chance", target="sex")} == {0.5}
+    assert results["members"] == 24, "chance is no member"
+
+
+def test_the_auc_of_sex_is_told_inside_the_bins_of_age(done: Path) -> None:
+    store, results = Store.open(done / "store.zarr"), read(done / "results.json")
+    (row,) = [r for r in results["within"] if (r["method"], r["evaluation"]) == ("cauc", "test")]
+    assert (row["target"], row["by"], row["edges"], len(row["bins"])) == ("sex", "age", [50.0], 2)
+    age = dict(zip(store.ids, store.metadata(["age"])[:, 0], strict=True))
+    found = []
+    for seed in (0, 1):
+        scores = read(done / "runs" / f"cauc-test-s{seed}-f0" / "scores.json")
+        told, ids = scores["targets"]["sex"], scores["held_out"]
+        old = [k for k, i in enumerate(told["at"]) if age[ids[i]] >= 50]
+        truth, says = ([told["truth"], told["probes"]["linear"]["predicted"]][j] for j in (0, 1))
+        found.append(roc_auc_score([truth[k] for k in old], [says[k] for k in old]))
+    assert row["bins"][1]["value"] == pytest.approx(np.mean(found), abs=1e-3)
+    assert "AUC within bins of age" in (done / "results.md").read_text()
+
+
+def test_the_geometry_of_held_out_subjects_stands_beside_that_of_training(done: Path) -> None:
+    told = {(f["method"], f["evaluation"]): f for f in read(done / "results.json")["features"]}
+    assert {method for method, _ in told} == {"cauc", "calign_unif", "raw", "untrained"}
+    assert told["cauc", "cv"]["uniformity_held_out"] < 0 < told["cauc", "cv"]["alignment_held_out"]
+    assert "uniformity_held_out" not in told["raw", "cv"]
+
+
+def test_each_setting_has_a_figure_of_its_own() -> None:
+    rows = [{"method": f"{loss}_{name}=1"} for loss in ("cauc", "calign_unif") for name in ("sigma", "t")]
+    assert figures.settings({"rows": [*rows, {"method": "raw"}]}) == ["sigma", "t"]
 
 
 def test_scores_name_the_held_out_subjects_and_their_truth(done: Path) -> None:

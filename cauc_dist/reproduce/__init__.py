@@ -17,9 +17,11 @@ from cauc_dist.config import RunConfig
 from cauc_dist.errors import NON_FINITE, BadInput
 from cauc_dist.prepare import PROVENANCE, check
 from cauc_dist.reproduce import figures, page, workers
+from cauc_dist.reproduce.chance import chance
 from cauc_dist.reproduce.cohort import store_of
 from cauc_dist.reproduce.member import SCORES, VERSION, Work
 from cauc_dist.reproduce.results import results
+from cauc_dist.store.reader import Store
 from cauc_dist.study import Member, Study, chosen, members, run_of
 from cauc_dist.world import World, cores
 
@@ -77,7 +79,9 @@ def tell(study: Study, place: Place, failed: Sequence[str], say: Say) -> dict[st
     records = {m: record for m in members(study, chosen(study, ())) if (record := read_scores(place.home(m)))}
     if not records:
         raise BadInput(f"no member of {study.name} is done in {place.folder}", wanted="one", do="look into its logs")
-    found = results(study, records, failed, place.folder)
+    blind = chance(study, records, Store.open(str(place.store))) if place.store.exists() else {}
+    found = results(study, {**records, **blind}, failed, place.folder)
+    found["members"] = len(records)
     found |= {"unfinished": unfinished(study, place), "commits": _commits(study, records, place)}
     durable.replace(place.folder / "results.json", (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
     durable.replace(place.folder / "results.md", page.markdown(found).encode())

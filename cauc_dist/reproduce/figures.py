@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,15 @@ def draw(results: Results, folder: Path) -> list[Path]:
     wanted: list[tuple[str, bool, Callable[[Axes, Results], None]]] = [
         ("few", bool(results["few"]), _few),
         ("plane", any("alignment" in row for row in results["features"]), _plane),
-        ("sensitivity", any("=" in row["method"] for row in results["rows"]), _sensitivity),
+        *((f"sensitivity-{name}", True, partial(_sensitivity, setting=name)) for name in settings(results)),
     ]
     return [_figure(folder / f"{name}.svg", results, paint) for name, there, paint in wanted if there]
+
+
+def settings(results: Results) -> list[str]:
+    """Of methods named LOSS_SETTING=VALUE."""
+    names = [row["method"].partition("=")[0] for row in results["rows"] if "=" in row["method"]]
+    return list(dict.fromkeys(name.rpartition("_")[2] for name in names))
 
 
 def _figure(path: Path, results: Results, paint: Callable[["Axes", Results], None]) -> Path:
@@ -60,15 +67,18 @@ def _plane(axes: "Axes", results: Results) -> None:
     axes.set(xlabel="uniformity of z (log mean e^(-t d))", ylabel="alignment of two views")
 
 
-def _sensitivity(axes: "Axes", results: Results) -> None:
-    """Methods named LOSS_SETTING=VALUE: gain of the linear probe along each setting, for the endpoint's target."""
-    target = next(row["target"] for row in reversed(results["rows"]))
-    curves: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+def _sensitivity(axes: "Axes", results: Results, setting: str) -> None:
+    """The linear probe of the endpoint's target along one setting, a curve a loss, with its intervals."""
+    target = results["contrasts"][0]["target"] if results["contrasts"] else results["rows"][0]["target"]
+    curves: defaultdict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
     for row in results["rows"]:
-        if "=" in row["method"] and (row["target"], row["probe"]) == (target, "linear"):
-            curve, _, value = row["method"].partition("=")
-            curves[curve].append((float(value), row["value"]))
-    for curve, points in curves.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=curve)
-    axes.set(xscale="log", xlabel="the setting's value", ylabel=f"{target}, linear probe")
+        curve, _, value = row["method"].partition("=")
+        if value and curve.endswith(f"_{setting}") and (row["target"], row["probe"]) == (target, "linear"):
+            told = row["value"]
+            curves[curve].append((float(value), told, told - row["low"], row["high"] - told))
+    for k, (curve, points) in enumerate(curves.items()):
+        at, told, below, above = zip(*sorted(points), strict=True)
+        shifted = [x * (1 + 0.02 * k) for x in at]  # side by side: the intervals would hide each other
+        axes.errorbar(shifted, told, yerr=(below, above), marker="o", capsize=2, label=curve)
+    axes.set(xscale="log", xlabel=setting, ylabel=f"{target}, linear probe")
     axes.legend(fontsize=7)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cauc_dist import durable, journal, probe, scores, train
 from cauc_dist.config import RunConfig, to_json
 from cauc_dist.errors import BAD_INPUT, BadInput
+from cauc_dist.geometry import geometry
 from cauc_dist.prepare import load, parts, prepare
 from cauc_dist.scores import Predicted
 from cauc_dist.store.reader import Store
@@ -27,6 +28,7 @@ from cauc_dist.study import Member, Study, Target
 SCORES = "scores.json"
 VERSION = 1
 """Of scores.json: one of another version is made again from the checkpoint."""
+WATCHED = ("alignment", "uniformity", "conditional_alignment", "conditional_uniformity")
 FEW_FEATURES = 4096
 """Raw volumes of more are rotated onto their principal axes, which ridge does not notice."""
 
@@ -112,7 +114,7 @@ def scored(study: Study, member: Member, run: RunConfig, folder: Path) -> dict[s
         "n_test": len(held),
         "held_out": [store.ids[i] for i in held],
         "effective_rank": {"train": effective_rank(x[: len(fit)]), "held_out": effective_rank(x[len(fit) :])},
-        "geometry": _geometry(folder),
+        "geometry": {**_geometry(folder), **_held_out(study, member, run, folder, store)},
         "targets": {target.column: asked.of(target) for target in study.targets},
     }
 
@@ -290,10 +292,18 @@ def effective_rank(x: Floats) -> float:
     return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0
 
 
+def _held_out(study: Study, member: Member, run: RunConfig, folder: Path, store: Store) -> dict[str, float]:
+    """Of z of held-out subjects' views, by the arm's own kernel."""
+    if member.arm not in study.arms:
+        return {}
+    config = dataclasses.replace(load(folder), engine=run.engine, data=run.data)
+    told = geometry(config, store, probe.newest(config, store, print))["held-out"]
+    return {f"{name}_held_out": value for name, value in told.items() if name in WATCHED}
+
+
 def _geometry(folder: Path) -> dict[str, float]:
     """Means over the last epoch of what the journal has of the training batches."""
     steps = [e for e in journal.read(folder) if e["event"] == "step"] if folder.exists() else []
     last = [e for e in steps if e["epoch"] == steps[-1]["epoch"]] if steps else []
-    names = ("alignment", "uniformity", "conditional_alignment", "conditional_uniformity", "loss")
-    told = {name: [e[name] for e in last if e.get(name) is not None] for name in names}
+    told = {name: [e[name] for e in last if e.get(name) is not None] for name in (*WATCHED, "loss")}
     return {name: float(np.mean(values)) for name, values in told.items() if values}

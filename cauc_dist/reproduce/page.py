@@ -1,5 +1,6 @@
 """results.json as text: one table a target, the comparisons, what was not had. Also between two marks of a document."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"Primary endpoint: {results['endpoint']}",
         *(_table(results, *key) for key in _tables(results)),
         _comparisons(results["contrasts"]),
+        _within(results.get("within", [])),
         _few(results["few"]),
         _features(results["features"]),
         _notes(results),
@@ -91,11 +93,27 @@ def _few(few: Sequence[Mapping[str, Any]]) -> str:
     return f"**Few labels** of held-out targets (mean +- sd over seeds and folds)\n\n{_grid(head, lines)}"
 
 
+def _within(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    edges, by = rows[0]["edges"], rows[0]["by"]
+    names = [f"{by} below {edges[0]:g}", *(f"{a:g} to {b:g}" for a, b in itertools.pairwise(edges))]
+    head = ["method", "target", "label", "evaluation", *names, f"from {edges[-1]:g}"]
+    lines = [
+        [r["method"], r["target"], r["tag"], r["evaluation"], *(_pm(b["value"], b["sd"]) for b in r["bins"])]
+        for r in rows
+    ]
+    return f"**AUC within bins of {by}**, linear probe (mean +- sd over seeds and folds)\n\n{_grid(head, lines)}"
+
+
 def _features(features: Sequence[Mapping[str, Any]]) -> str:
     names = ["effective_rank_train", "effective_rank_held_out", "alignment", "uniformity", "conditional_uniformity"]
+    names += [n for n in (f"{name}_held_out" for name in names[2:]) if any(n in f for f in features)]
     lines = [[f["method"], f["evaluation"], *(_number(f.get(name)) for name in names)] for f in features]
     head = ["method", "evaluation", *(name.replace("_", " ") for name in names)]
-    title = "**Features** (effective rank of h; geometry of z on training batches of the last epoch)"
+    title = (
+        "**Features** (effective rank of h; geometry of z on training batches of the last epoch, held-out in eval mode)"
+    )
     return f"{title}\n\n{_grid(head, lines)}"
 
 

@@ -69,7 +69,8 @@ def results(
         "rows": [_row(study, key, of) for key, of in answers.items()],
         "contrasts": contrasts(study, answers, records),
         "few": _few(study, records),
-        "features": _features(records),
+        "features": _features({member: record for member, record in records.items() if record["effective_rank"]}),
+        "within": _within(study, records),
     }
 
 
@@ -152,6 +153,22 @@ def _few(study: Study, records: Mapping[Member, Mapping[str, Any]]) -> list[dict
                     grouped[member.arm, target, member.evaluation, int(probe[3:])].append(row["value"])
     names = ("method", "target", "evaluation", "labels")
     return [{**dict(zip(names, key, strict=True)), **_spread(values)} for key, values in grouped.items()]
+
+
+def _within(study: Study, records: Mapping[Member, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The AUC of a linear probe inside the bins of another column: mean over seeds and folds, bin by bin."""
+    grouped: defaultdict[tuple[str, str, str], list[list[float | None]]] = defaultdict(list)
+    for member, record in records.items():
+        for target, told in record["targets"].items():
+            if "auc_within" in told["probes"]["linear"]:
+                grouped[member.arm, target, member.evaluation].append(told["probes"]["linear"]["auc_within"])
+    found = []
+    for (arm, name, evaluation), of in grouped.items():
+        target = study.target(name)
+        bins = [[v for v in values if v is not None] for values in zip(*of, strict=True)]
+        row = {"method": arm, "target": name, "tag": study.tag(arm, name), "evaluation": evaluation}
+        found.append({**row, "by": target.within, "edges": list(target.bins), "bins": [_spread(b) for b in bins]})
+    return found
 
 
 def _features(records: Mapping[Member, Mapping[str, Any]]) -> list[dict[str, Any]]:
