@@ -59,6 +59,27 @@ def text(store: Store) -> str:
     return "\n".join(line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in map(_plain, lines))
 
 
+def facts(store: Store) -> dict[str, Any]:
+    """The same for scripts: numbers and names, no id of a subject."""
+    told = store.attributes
+    return {
+        "store": store.where,
+        "name": store.name,
+        "fingerprint": store.fingerprint,
+        "scans": len(store),
+        "subjects": len(np.unique(store.subjects)),
+        "set_aside": len(store.set_aside),
+        "layout": store.layout,
+        "dtype": store.dtype.name,
+        "shape": list(store.shape),
+        "voxel_mm": told["voxel_mm"],
+        "error": told["error"],
+        "columns": [
+            {"name": c.name, "kind": c.kind, "missing": c.missing, "values": dict(c.bars)} for c in _columns(store)
+        ],
+    }
+
+
 def page(store: Store, out: Path, *, montage: bool, say: Callable[[str], None]) -> None:
     """The same, complete, as one HTML file. `montage`: with pictures of some scans, else nothing of any image.
 

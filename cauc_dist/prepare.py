@@ -140,6 +140,10 @@ def stage_folder(run: RunConfig) -> Path:
     return Path(folder)
 
 
+WIDEST = 2**16
+"""Units of a layer: more is a slip of the hand."""
+
+
 def _check_numbers(run: RunConfig) -> None:
     """Refuse what would fail, or delete its own checkpoints, only after hours."""
     least: dict[str, float] = {
@@ -178,6 +182,9 @@ def _check_numbers(run: RunConfig) -> None:
         if not bound <= value < math.inf:  # NaN too
             option = name.replace("_", "-")
             raise BadInput(f"{name} {value}", wanted=f"{bound:g} or more", do=f"set --{option} to that")
+    for name in ("encoder.width", "projector.hidden", "projector.out"):
+        if (operator.attrgetter(name)(run) or 0) > WIDEST:
+            raise BadInput(f"{name} {operator.attrgetter(name)(run)}", wanted=f"{WIDEST:,} or less", do="set it lower")
     for name in ("betas", "momentum", "ema"):
         value = getattr(run.optim, name)
         if not all(0 <= x < 1 for x in (value if name == "betas" else (value,))):

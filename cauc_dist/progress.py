@@ -1,7 +1,8 @@
-"""What a person sees while a run goes on: a bar on a terminal, one line an epoch in a log file."""
+"""What a person sees while a run goes on: a bar on a terminal, a line an epoch or 50 steps in a log file."""
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -12,15 +13,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+EVERY = 50
+"""Steps from one line to the next, in a log file, where an epoch is longer."""
+VOICE = "CAUC_VOICE"
+"""What was asked of the command line, for ranks too: json (news go to stderr), quiet (no news), or nothing."""
+
+
+def voice() -> str:
+    return os.environ.get(VOICE, "")
+
+
+def console() -> Console:
+    """Where news on the way go."""
+    file = sys.stderr if voice() == "json" else sys.stdout
+    return Console(file=file, quiet=voice() == "quiet", highlight=False, soft_wrap=True)
+
 
 class Progress:
     """Console output of rank 0; `quiet` (the other ranks) prints nothing."""
 
     def __init__(self, name: str, total: int, *, quiet: bool) -> None:
-        self._name, self._total, self._quiet = name, total, quiet
-        self._console = Console(file=sys.stdout, highlight=False, quiet=quiet, soft_wrap=True)
+        self._name, self._total = name, total
+        self._console = console()
+        self._console.quiet |= quiet
         self._bar: Bar | None = None
-        self._epoch, self._began = -1, time.perf_counter()
+        self._said, self._began = (-1, -EVERY), time.perf_counter()
 
     def __enter__(self) -> "Progress":
         return self
@@ -44,7 +61,7 @@ class Progress:
             f"ZeRO-{facts['zero_stage']}, {facts['device']}, about {facts['estimated_gib']:.2g} GiB a rank, {begin}"
         )
         self.say(f"{self._name}: DeepSpeed is told {json.dumps(facts['deepspeed'])}")
-        if self._console.is_terminal and not self._quiet:
+        if self._console.is_terminal and not self._console.quiet:
             text = TextColumn("{task.fields[text]}")
             self._bar = Bar(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text, console=self._console)
             self._task = self._bar.add_task(self._name, total=self._total, completed=facts["step"], text="")
@@ -53,8 +70,8 @@ class Progress:
     def step(self, done: int, epoch: int, record: Mapping[str, float]) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, text=_text(record))
-        elif epoch != self._epoch or done == self._total:
-            self._epoch = epoch
+        elif epoch != self._said[0] or done >= self._said[1] + EVERY or done == self._total:
+            self._said = (epoch, done)
             self.say(f"{self._name}: step {done}/{self._total} epoch {epoch} {_text(record)}")
 
     def finish(self, folder: Path) -> None:
@@ -70,11 +87,11 @@ class Counter:
 
     def __init__(self, what: str) -> None:
         self._what, self._quarter = what, 0
-        console = Console(file=sys.stdout, highlight=False)
+        self._console = console()
         text = TextColumn("{task.description}")
-        self._bar = Bar(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+        self._bar = Bar(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self._console)
         self._task = self._bar.add_task(what, total=None)
-        self._terminal = console.is_terminal
+        self._terminal = self._console.is_terminal and not self._console.quiet
 
     def __enter__(self) -> "Counter":
         if self._terminal:
@@ -90,7 +107,7 @@ class Counter:
             self._bar.update(self._task, completed=done, total=total)
         elif 4 * done // total > self._quarter:
             self._quarter = 4 * done // total
-            print(f"{self._what}: {done} of {total}", flush=True)
+            self._console.print(f"{self._what}: {done} of {total}", markup=False)
 
 
 class Counters:

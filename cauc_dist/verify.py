@@ -9,6 +9,7 @@ ranks, as DeepSpeed and DDP do), and by rank 0 alone on the whole batch, in floa
 
 import argparse
 import copy
+import json
 import math
 import signal
 import socket
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cauc_dist import kernels, losses
+from cauc_dist import kernels, losses, progress
 from cauc_dist.errors import BAD_INPUT, BadInput
 from cauc_dist.gather import EXCHANGES
 from cauc_dist.kernels import Kernel
@@ -300,7 +301,11 @@ def verify(exchange: str, device: torch.device) -> bool:
     hosts: list[Any] = [None] * world_size
     dist.all_gather_object(hosts, socket.gethostname())
     if dist.get_rank() == 0:
-        lines = [table(rows, world_size), summary(rows, exchange, device, len(set(hosts))), *faults(rows, world_size)]
+        told = summary(rows, exchange, device, len(set(hosts)))
+        lines = [table(rows, world_size), told, *faults(rows, world_size)]
+        if progress.voice() == "json":
+            objectives = [{**row._asdict(), "ok": row.ok} for row in rows]
+            lines = [json.dumps({"summary": told, "objectives": objectives, "faults": faults(rows, world_size)})]
         print("\n".join(lines), flush=True)  # the agent may end this rank as soon as another has left
     return all(row.ok for row in rows)
 

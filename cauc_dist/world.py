@@ -382,6 +382,9 @@ def tasks_per_node(text: str) -> list[int]:
 def _from_mpi(env: Mapping[str, str]) -> World:
     if [env[name] for name in MPI_SIZE if name in env] == ["1"]:
         return World()
+    # mpi4py's wheels would load MPICH where it is beside them, and that would end the process.
+    if MPI_SIZE[0] in env and not {"MPI4PY_MPIABI", "MPI4PY_LIBMPI"} & env.keys():
+        os.environ["MPI4PY_MPIABI"] = "openmpi"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of another MPI's variables: what is wrong is said below

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import tyro
 from tyro.conf import Positional
 
-from cauc_dist import cli as cauc
+from cauc_dist.cli import data, voice
+from cauc_dist.cli.runs import recipe_of
 from cauc_dist.config import RunConfig
 from cauc_dist.errors import BadInput, nearest
 from launch import site as sites
@@ -34,8 +35,10 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code: 0 done, 2 bad input, 130 interrupted."""
+    """Run one command; its exit code: 0 done, 1 a fault of ours, 2 bad input, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [word for word in arguments if word != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
@@ -44,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise BadInput(f"no command {arguments[0]!r}", wanted="a command", do=nearest(arguments[0], COMMANDS))
         command: Callable[[Sequence[str]], int] = globals()[f"_{arguments[0]}"]
         return command(arguments[1:])
-    except (BadInput, OSError) as error:
-        return cauc._explain(error)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        return voice.explain(error, debug)
 
 
 def _help() -> str:
@@ -55,6 +58,8 @@ def _help() -> str:
     lines = ["usage: python -m launch COMMAND ... (COMMAND --help says more)", ""]
     lines += [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
     lines += [
+        "",
+        "  --debug shows an error's traceback",
         "",
         "example:",
         "  python -m launch submit demo_cauc --data.store /scratch/me/mine.zarr --run /scratch/me/runs/mine \\",
@@ -68,7 +73,7 @@ T = TypeVar("T")
 
 
 def _parse(kind: type[T], command: str, arguments: Sequence[str], default: T | None = None) -> T:
-    return cauc._options(kind, f"python -m launch {command}", COMMANDS[command], arguments, default)
+    return voice.options(kind, f"python -m launch {command}", COMMANDS[command], arguments, default)
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def _submit(arguments: Sequence[str]) -> int:
     from launch.submit import submit
 
     how = {"dry_run": asked.dry_run, "test_only": asked.test_only}
-    submit(asked.config, asked.resources, sites.read(asked.site), say=cauc._say, **how)
+    submit(asked.config, asked.resources, sites.read(asked.site), say=voice.say, **how)
     return 0
 
 
@@ -179,7 +184,7 @@ def _reproduce(arguments: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ingest(cauc.Ingest):
+class Ingest(data.Ingest):
     tasks: int = 8
     """Tasks of the array. More than the store has shards (--dry-run says how many) find nothing to do."""
     resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
@@ -194,13 +199,13 @@ def _ingest(arguments: Sequence[str]) -> int:
 
     resources = sites.read(_named("site", arguments)).resources
     asked = _parse(Ingest, "ingest", arguments, Ingest(source=tyro.MISSING, store=tyro.MISSING, resources=resources))
-    options = cauc.Ingest(**{f.name: getattr(asked, f.name) for f in fields(cauc.Ingest)})
+    options = data.Ingest(**{f.name: getattr(asked, f.name) for f in fields(data.Ingest)})
     ingest(options, asked.tasks, asked.resources, sites.read(asked.site), **_how(asked))
     return 0
 
 
 def _how(asked: Array | Ingest) -> dict[str, Any]:
-    return {"throttle": asked.throttle, "say": cauc._say, "dry_run": asked.dry_run}
+    return {"throttle": asked.throttle, "say": voice.say, "dry_run": asked.dry_run}
 
 
 @dataclass(frozen=True)
@@ -269,7 +274,7 @@ def _cancel(arguments: Sequence[str]) -> int:
     from launch import state
     from launch.cancel import cancel
 
-    cancel(state.expand(cauc._some(asked.runs)), say=cauc._say)
+    cancel(state.expand(voice.some(asked.runs)), say=voice.say)
     return 0
 
 
@@ -297,7 +302,7 @@ def _resume(arguments: Sequence[str]) -> int:
         raise BadInput(f"{run} is a sweep", wanted="a run folder", do=f"`python -m launch sweep --rerun {run}`")
     last = resume.before(run).at(_named("site", arguments))
     asked = _parse(Resume, "resume", arguments, Resume(run, last.resources))
-    resume.resume(run, asked.resources, last.site, say=cauc._say)
+    resume.resume(run, asked.resources, last.site, say=voice.say)
     return 0
 
 
@@ -311,7 +316,7 @@ def _recipe(command: str, arguments: Sequence[str]) -> tuple[RunConfig, Sequence
                 f"`launch {command}` without a recipe", wanted=" or ".join(recipes.recipes()), do="name one of them"
             )
         arguments = ["demo_cauc", "--help"]
-    return cauc._recipe(arguments[0]), arguments[1:]
+    return recipe_of(arguments[0]), arguments[1:]
 
 
 def _named(name: str, options: Sequence[str]) -> str | None:

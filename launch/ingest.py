@@ -11,7 +11,7 @@ import shlex
 import shutil
 from pathlib import Path
 
-from cauc_dist import cli as cauc
+from cauc_dist.cli import data
 from cauc_dist.errors import SET_ASIDE, BadInput
 from launch import script, slurm, submit
 from launch.site import Resources, Site
@@ -22,7 +22,7 @@ LATE = "the store is made, nothing was left to do"
 
 
 def ingest(
-    asked: cauc.Ingest,
+    asked: data.Ingest,
     tasks: int,
     resources: Resources,
     site: Site,
@@ -88,7 +88,7 @@ def _refuse_live(name: str) -> None:
         )
 
 
-def batch(asked: cauc.Ingest, tasks: int, resources: Resources, site: Site, throttle: int | None) -> str:
+def batch(asked: data.Ingest, tasks: int, resources: Resources, site: Site, throttle: int | None) -> str:
     """The batch script."""
     r = dataclasses.replace(resources, nodes=1, gpus_per_node=0, ranks_per_node=1)
     if asked.workers is None:
@@ -111,7 +111,7 @@ def batch(asked: cauc.Ingest, tasks: int, resources: Resources, site: Site, thro
     return made._make_submission_file_text(command, "")
 
 
-def words(asked: cauc.Ingest) -> list[str]:
+def words(asked: data.Ingest) -> list[str]:
     """The command line of these options: what is not as it is by default."""
     metadata = asked.metadata
     pairs = [(f.name, getattr(metadata, f.name), f.default) for f in dataclasses.fields(metadata)]
@@ -126,7 +126,7 @@ def words(asked: cauc.Ingest) -> list[str]:
     return found
 
 
-def absolute(asked: cauc.Ingest) -> cauc.Ingest:
+def absolute(asked: data.Ingest) -> data.Ingest:
     """The same from anywhere."""
     m = asked.metadata
     table, features = (path and path.absolute() for path in (m.table, m.features))
@@ -147,10 +147,10 @@ def _name(store: Path) -> str:
     return script.name_of(f"ingest-{re.sub(r'[^A-Za-z0-9._-]+', '-', store.name)}", store)
 
 
-def _refuse(asked: cauc.Ingest, tasks: int) -> None:
+def _refuse(asked: data.Ingest, tasks: int) -> None:
     if tasks < 1:
         raise BadInput(f"--tasks {tasks}", wanted="1 or more", do="e.g. --tasks 16")
-    if asked.task != cauc.Ingest(asked.source, asked.store).task:
+    if asked.task != data.Ingest(asked.source, asked.store).task:
         raise BadInput(f"--task {asked.task}", wanted="--tasks N, of which each takes its own", do="leave --task out")
     if asked.store.exists():
         raise BadInput(
@@ -158,7 +158,7 @@ def _refuse(asked: cauc.Ingest, tasks: int) -> None:
         )
 
 
-def _estimate(asked: cauc.Ingest) -> str:
+def _estimate(asked: data.Ingest) -> str:
     """What `cauc ingest --dry-run` says, and BadInput for what it refuses."""
     from cauc_dist.store.ingest import estimate
     from cauc_dist.store.planned import Settings

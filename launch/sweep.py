@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cauc_dist import cli as cauc
 from cauc_dist import config
+from cauc_dist.cli.runs import recipe_of
 from cauc_dist.config import RunConfig
 from cauc_dist.errors import BadInput, nearest
 from launch import resume, script, slurm, state, submit
@@ -57,7 +57,7 @@ def grid(recipe: str, base: RunConfig, axes: Sequence[str], seeds: Sequence[int]
         values[name] = those
     if not values:
         raise BadInput("a sweep without --grid and --seeds", wanted="one of them", do="e.g. --grid optim.lr=1e-3,1e-4")
-    shared = _differences(cauc._recipe(recipe), base)
+    shared = _differences(recipe_of(recipe), base)
     chosen = [dict(zip(values, one, strict=True)) for one in itertools.product(*values.values())]
     return numbered([Member(_name(one), recipe, shared | one) for one in chosen])
 
@@ -194,7 +194,7 @@ def read(folder: Path) -> list[Member]:
 def run_of(member: Member, sweep: Path) -> RunConfig:
     """The whole configuration of a member; BadInput names it."""
     with _named(member):
-        values = dataclasses.asdict(cauc._recipe(member.recipe))
+        values = dataclasses.asdict(recipe_of(member.recipe))
         for name, value in member.overrides.items():
             _kind(name)
             *above, last = name.split(".")

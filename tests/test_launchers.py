@@ -5,6 +5,7 @@ Real processes and a real MPI. The two hosts are namespaces of this machine with
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -111,6 +112,21 @@ def test_ranks_of_mpiexec_have_the_curve_of_one_process(options: list[str], one:
     assert curve(run) == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
+def test_ranks_of_open_mpi_have_the_curve_of_one_process_beside_another_mpi(
+    options: list[str], one: list[float], tmp_path: Path
+) -> None:
+    """mpi4py's wheel would load MPICH, which is there, and end every process."""
+    mpiexec = shutil.which("mpiexec.openmpi")
+    if mpiexec is None:
+        (pytest.fail if "CI" in os.environ else pytest.skip)("no Open MPI: apt-get install openmpi-bin")
+    run, as_root = tmp_path / "run", ["--allow-run-as-root"] if os.getuid() == 0 else []
+    start = [mpiexec, *as_root, "--oversubscribe", "-n", "3", sys.executable, "-m", "cauc_dist"]
+    done = call(*start, "train", *options, "--run", str(run))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run folder") == 1
+    assert curve(run) == pytest.approx(one, rel=1e-4, abs=1e-6)
+
+
 def test_ranks_of_torchrun_have_the_curve_of_one_process(options: list[str], one: list[float], tmp_path: Path) -> None:
     run = tmp_path / "run"
     started = [*TORCHRUN, "--nproc-per-node", "2", "-m", "--", "cauc_dist"]  # without --, torchrun looks into --run
@@ -169,15 +185,17 @@ def test_a_rank_of_mpiexec_that_fails_ends_all(
 
 # ---- an MPI that is not the one of mpi4py -------------------------------------------------------------------------
 
+OURS = {"MPI4PY_LIBMPI": str(Path(sys.prefix) / "lib" / "libmpi.so.12")}
+"""The user's word, against what the variables of the process say."""
 ALONE = "import sys; from cauc_dist.cli import main; {}sys.exit(main(['train', 'demo_cauc']))"
 
 
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is 4, and mpi4py (MPICH"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", **OURS}, "OMPI_COMM_WORLD_SIZE is 4, and mpi4py (MPICH"),
         ({"PMI_RANK": "2"}, "PMI_RANK is 2, and mpi4py (MPICH"),
-        ({**step(0, 1, "n1", 1), "OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is 4, and mpi4py"),
+        ({**step(0, 1, "n1", 1), "OMPI_COMM_WORLD_SIZE": "4", **OURS}, "OMPI_COMM_WORLD_SIZE is 4, and mpi4py"),
         ({**step(0, 1, "n1", 1), "PMI_SIZE": "4"}, "PMI_SIZE is 4, and mpi4py"),  # mpirun inside SLURM is innermost
     ],
 )

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from cauc_dist import cli as cauc
+from cauc_dist.cli import data
+from cauc_dist.cli.words import parse
 from cauc_dist.errors import BadInput
 from launch import cli
 from launch import ingest as ingests
@@ -117,13 +119,13 @@ OPTIONS = (
 
 @pytest.mark.parametrize("words", OPTIONS)
 def test_a_task_is_given_every_option_of_cauc_ingest(words: list[str]) -> None:
-    asked = cauc._parse(cauc.Ingest, "ingest", ["/a", "/b", *words])
-    assert cauc._parse(cauc.Ingest, "ingest", ingests.words(asked)) == asked
+    asked = parse(data.Ingest, "ingest", ["/a", "/b", *words])
+    assert parse(data.Ingest, "ingest", ingests.words(asked)) == asked
 
 
 def test_a_site_s_nodes_gpus_and_ranks_are_not_asked_for() -> None:
     gpus = Resources(nodes=4, gpus_per_node=8, ranks_per_node=8, cpus_per_rank=5)
-    text = ingests.batch(cauc.Ingest(Path("/a"), Path("/b")), 2, gpus, Site(), None)
+    text = ingests.batch(data.Ingest(Path("/a"), Path("/b")), 2, gpus, Site(), None)
     assert "gpus" not in text
     assert "#SBATCH --nodes=1\n#SBATCH --ntasks-per-node=1\n" in text
     assert "#SBATCH --cpus-per-task=5\n" in text
@@ -139,7 +141,7 @@ def test_a_site_s_nodes_gpus_and_ranks_are_not_asked_for() -> None:
 )
 def test_a_task_runs_in_the_site_s_container(kind: str, wanted: str) -> None:
     site = Site(container=Container(kind, "/i.sif", ("/d:/d",), ("--nv",)))  # type: ignore[arg-type]
-    assert wanted in ingests.batch(cauc.Ingest(Path("/a"), Path("/b")), 2, Resources(), site, None)
+    assert wanted in ingests.batch(data.Ingest(Path("/a"), Path("/b")), 2, Resources(), site, None)
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
@@ -195,7 +197,7 @@ def test_the_folder_of_an_array_that_may_be_queued_stays(
 
 def test_two_ingests_at_a_time_are_one(slurm: Slurm, ingest: Launch, cohort: Path, site: Path, tmp_path: Path) -> None:
     """Both find no array in the queue: what is between the look and sbatch is one's alone."""
-    asked, told = cauc.Ingest(cohort, tmp_path / "store.zarr"), []
+    asked, told = data.Ingest(cohort, tmp_path / "store.zarr"), []
 
     def another() -> None:
         barrier.wait()
