@@ -58,7 +58,7 @@ lock:  ## resolve pyproject.toml anew into requirements.lock
 	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
 	.lock-venv/bin/python -m pip install --quiet torch==2.13.0
 	.lock-venv/bin/python -m pip install --quiet --editable '.[dev]'
-	.lock-venv/bin/python -m pip freeze --exclude-editable | grep -vE '^(nvidia-|triton)' | sed 's/+cpu$$//' > requirements.lock
+	.lock-venv/bin/python -m pip freeze --all --exclude-editable | grep -vE '^(nvidia-|triton|pip=)' | sed 's/+cpu$$//' > requirements.lock
 	rm -rf .lock-venv
 
 clean:

@@ -181,11 +181,17 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], *, ema: bool =
     module.load_state_dict(weights(tensors, ema=ema))
 
 
-def write(target: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any], names: tuple[str, str]) -> None:
+def write(
+    target: Path,
+    tensors: Mapping[str, Tensor],
+    card: Mapping[str, Any],
+    names: tuple[str, str],
+    texts: Mapping[str, str] | None = None,
+) -> None:
     """The folder `target`, which is not there yet: a file of tensors and a card, by `names`. OSError leaves nothing.
 
     They are written into a temporary folder, fsynced, and the folder renamed: kill -9 at any moment leaves none of
-    them under that name, or both whole.
+    them under that name, or all whole. `texts`: other files beside them, by name, which `read` does not look at.
     """
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -194,7 +200,8 @@ def write(target: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any], 
         _save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary / names[0])
         body = {**card, "sha256": _sha256(temporary / names[0])}
         text = json.dumps({**body, "seal": _seal(body)}, indent=1, allow_nan=False)
-        (temporary / names[1]).write_text(text, encoding="utf-8")
+        for name, content in {**(texts or {}), names[1]: text}.items():
+            (temporary / name).write_text(content, encoding="utf-8")
         sync_tree(temporary)
         temporary.rename(target)
     except BaseException:

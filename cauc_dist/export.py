@@ -1,7 +1,8 @@
-"""A trained encoder to give away: a folder of two files, from which `load_encoder` makes the network again.
+"""A trained encoder to give away: a folder of three files, from which `load_encoder` makes the network again.
 
     OUT/encoder.safetensors    parameters and buffers of the encoder alone, fp32
        /config.json            how to build it, what it takes, how a scan is normalised, what made it, sha256
+       /README.md              a model card for whoever gets it, begun; nothing reads it
 
 No projector, no optimiser, no metadata, no names of subjects and no paths. B scans, c channels, H width of h.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from cauc_dist import checkpoint, config, encoders
 from cauc_dist.errors import BadInput
+from cauc_dist.model_card import model_card, results
 from cauc_dist.prepare import PROVENANCE, check_store, load, parts
 from cauc_dist.probe import newest
 from cauc_dist.store.reader import Store
@@ -26,21 +28,23 @@ from cauc_dist.stream.values import Normalise, values
 from cauc_dist.train import build_model
 
 FORMAT, VERSION = "cauc_dist.encoder", 1
-FILES = ("encoder.safetensors", "config.json")
+FILES, README = ("encoder.safetensors", "config.json"), "README.md"
 NORMALISE = get_args(Normalise)
 
 
 def export(run: Path, out: Path, *, say: Callable[[str], None] = lambda line: None) -> Path:
     """The encoder of a run's newest sound checkpoint (its moving average, where that was kept) into the folder `out`.
 
-    Whole or not at all. BadInput where `out` exists, the run has no sound checkpoint, or its store is another one.
+    Whole or not at all. BadInput where `out` exists, the run has no sound checkpoint, its store is another one, or its
+    probe.json is no table.
     """
     if out.exists():
         raise BadInput(f"{out} exists already", wanted="a new folder", do="choose another, or remove it first")
     settings = load(run)
     store = Store.open(settings.data.store)
     check_store(run, store)
-    saved = newest(settings, store, say)
+    saved, rows = newest(settings, store, say), parts(settings, store)
+    probed = results(run / "probe.json", settings, store, saved.step)
     model = build_model(settings, store.shape)
     checkpoint.load_module(model, saved.tensors, ema=True)
     made = json.loads((run / PROVENANCE).read_bytes())
@@ -61,9 +65,10 @@ def export(run: Path, out: Path, *, say: Callable[[str], None] = lambda line: No
         "git": made["git"],
     }
     if settings.data.normalise == "dataset":
-        card["mean"], card["std"] = _moments(store, parts(settings, store)[0])
+        card["mean"], card["std"] = _moments(store, rows[0])
     out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write(out, model.encoder.state_dict(), card, FILES)
+    readme = model_card(card, settings, store, rows, probed)
+    checkpoint.write(out, model.encoder.state_dict(), card, FILES, {README: readme})
     return out
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cauc_dist import durable
 from cauc_dist.errors import BadInput
-from cauc_dist.report import STYLE, need_matplotlib
+from cauc_dist.report.style import STYLE, need_matplotlib
 from cauc_dist.store.files import is_remote
 from cauc_dist.store.layout import Column
 from cauc_dist.store.reader import Store

@@ -13,7 +13,7 @@ from cauc_dist import durable
 from cauc_dist.augment import views
 from cauc_dist.config import Augment
 from cauc_dist.errors import BadInput
-from cauc_dist.report import need_matplotlib
+from cauc_dist.report.style import need_matplotlib
 from cauc_dist.store.reader import Store
 
 Floats = NDArray[Any]

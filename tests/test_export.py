@@ -146,7 +146,7 @@ def out(run: Path) -> Path:
 
 
 def test_what_is_written_is_the_encoder_alone_and_how_to_use_it(run: Path, out: Path) -> None:
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "encoder.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "encoder.safetensors"]
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     told = json.loads((out / "config.json").read_text())
     assert (told["format"], told["version"], told["step"]) == ("cauc_dist.encoder", 1, 7)
@@ -183,7 +183,7 @@ def test_neither_checkpoint_nor_export_holds_a_name_or_a_value_of_the_metadata(t
     assert {b"sub-00", b"clinic-M"} <= hidden
     assert len(hidden) == 8 + 2 + 8 + 8
     files = [p for root in (out, folder / "checkpoints") for p in root.rglob("*") if p.is_file()]
-    assert len(files) == 4
+    assert len(files) == 5
     for path in files:
         data = path.read_bytes()
         assert [text for text in hidden if text in data] == []
@@ -221,7 +221,7 @@ def test_the_package_has_no_other_name_that_comes_when_it_is_asked_for() -> None
 
 def test_the_command_line_exports(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["export", str(run), str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out == f"wrote {tmp_path / 'out'}: cauc_dist.load_encoder opens it\n"
+    assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'out'}: cauc_dist.load_encoder opens it\n")
     assert load_encoder(tmp_path / "out").card["step"] == 7
     assert cli.main(["export", str(run), str(tmp_path / "out")]) == BAD_INPUT
     assert "out exists already; wanted a new folder" in capsys.readouterr().err

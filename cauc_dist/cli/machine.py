@@ -1,6 +1,7 @@
 """`cauc demo, doctor, verify, bench`: this machine, and the whole chain on it."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
+from cauc_dist import progress
 from cauc_dist.cli import voice
 from cauc_dist.cli.words import parse
 
@@ -46,7 +48,8 @@ def doctor(arguments: Sequence[str]) -> int:
     from cauc_dist.doctor import doctor
 
     findings = doctor(options.store, options.folder, options.ranks, say=voice.say)
-    voice.tell(None, findings)
+    bad = "\n".join(str(finding) for finding in findings if finding.state != "ok")
+    voice.tell(bad or None if progress.voice() == "quiet" else None, findings)
     return int(any(finding.state == "fail" for finding in findings))
 
 
@@ -75,9 +78,12 @@ def verify(arguments: Sequence[str]) -> int:
 class Demo:
     folder: Path = Path("demo")
     """Everything goes here: cohort, store, runs, report.html."""
-    subjects: int = 240
-    size: int = 48
-    """Voxels a side."""
+    quick: bool = False
+    """The same chain in less than a minute: it shows that it works, and nothing of the methods."""
+    subjects: int | None = None
+    """Default: 240; with --quick 48."""
+    size: int | None = None
+    """Voxels a side; default: 48, with --quick 24."""
     ranks: int = 2
     """Processes a training."""
     seed: int = 0
@@ -88,4 +94,7 @@ def demo(arguments: Sequence[str]) -> int:
     voice.at_least_one(ranks=options.ranks)
     from cauc_dist.demo import demo
 
-    return demo(**dataclasses.asdict(options), say=voice.say)
+    code = demo(**dataclasses.asdict(options), say=voice.say)
+    if code == 0:
+        voice.tell(None, json.loads((options.folder / "table.json").read_text(encoding="utf-8")))
+    return code

@@ -147,7 +147,17 @@ class Report:
     out: Path = Path("report.html")
     """The page to write."""
     table: Path | None = None
-    """A table of `cauc probe --out`; default: probe.json of the first run, where it exists."""
+    """A table of `cauc probe --out`; default: probe.json of each run that has one."""
+    maps: bool = True
+    """Maps, weights and similarities, which need the encoder and the store."""
+    show_ids: bool = False
+    """Name subjects by their ids, not by salted hashes: such a page is as private as the data."""
+    serve: bool = False
+    """Serve the page, live, until ctrl-C."""
+    host: str = "127.0.0.1"
+    """Of --serve: another address opens the page to whoever reaches it."""
+    port: int = 0
+    """Of --serve; 0: a free one."""
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -155,9 +165,13 @@ def report(arguments: Sequence[str]) -> int:
     runs = voice.some(options.runs)
     voice.writable(options.out)
     voice.say(f"report: {', '.join(map(str, runs))}")
-    from cauc_dist.report import report
+    from cauc_dist.report import report, serve
 
-    report(runs, options.out, options.table)
+    table, maps, ids = options.table, options.maps, options.show_ids
+    if options.serve:
+        serve(runs, options.host, options.port, voice.say, table=table, maps=maps, show_ids=ids)
+        return 0
+    report(runs, options.out, table, maps=maps, show_ids=ids, say=voice.say)
     voice.tell(f"wrote {options.out}", {"wrote": options.out})
     return 0
 
