@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slurm cluster-demo faults lint lock clean
+.PHONY: demo test test-slurm cluster-demo faults docs lint lock clean
 
 demo: $(READY)  ## the whole chain on a synthetic cohort, about three minutes
 	$(BIN)/cauc demo --folder demo/$$(date +%Y%m%d-%H%M%S)
@@ -36,6 +36,9 @@ cluster-demo: $(READY)  ## a training on a SLURM cluster on this machine, as roo
 
 faults: $(READY)  ## killed, full, damaged, twice at once: as the tests, many times each; results in benchmarks/results
 	CAUC_FAULTS=full $(BIN)/python -m pytest tests/test_faults*.py tests/slurm/test_cluster_faults.py
+
+docs: $(READY)  ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

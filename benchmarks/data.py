@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from cauc_dist import bench
+from cauc_dist.bench import peers as bench
 from cauc_dist.store.ingest import from_arrays
 from cauc_dist.store.layout import Column
 from cauc_dist.store.reader import Store

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cauc_dist import bench
+from cauc_dist.bench import peers as bench
 from cauc_dist.provenance import provenance
 from cauc_dist.store.check import check
 from cauc_dist.store.ingest import from_arrays

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.loss import TAU, Inputs, T, V, dense_cauc, dense_ntxent, dense_y_aware, inputs, kernel, tangent
-from cauc_dist import bench, losses
+from cauc_dist import losses
+from cauc_dist.bench import peers as bench
 from cauc_dist.losses import gpu
 from cauc_dist.provenance import provenance
 

@@ -36,7 +36,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cauc_dist import bench, memory, optimisers
+from cauc_dist import memory, optimisers
+from cauc_dist.bench import peers as bench
 from cauc_dist.config import Augment, Encoder, Objective, Optim, RunConfig
 from cauc_dist.config import Engine as Settings
 from cauc_dist.engine import Engine

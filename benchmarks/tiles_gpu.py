@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.loss import SIGMA, T
 from benchmarks.loss_gpu import TERA, seconds_of
-from cauc_dist import bench
+from cauc_dist.bench import peers as bench
 from cauc_dist.losses import fused
 from cauc_dist.losses.fused import Precision, Side, Tile
 from cauc_dist.provenance import provenance

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from benchmarks.loss_gpu import seconds_of
 from benchmarks.step import LR, cohort, training
-from cauc_dist import bench, optimisers
+from cauc_dist import optimisers
+from cauc_dist.bench import peers as bench
 from cauc_dist.config import PRESETS, Augment, Encoder, Objective, Optim, RunConfig
 from cauc_dist.config import Engine as Settings
 from cauc_dist.encoders import recompute

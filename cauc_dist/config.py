@@ -309,6 +309,20 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Trackers:
+    """Where the curves go besides RUN/journal.jsonl (docs/trackers.md). Rank 0 writes; none can end a run."""
+
+    tensorboard: bool = True
+    """RUN/tensorboard."""
+    wandb: bool = False
+    """Weights & Biases (extra `wandb`): RUN/wandb, offline unless WANDB_MODE says otherwise."""
+    mlflow: bool = False
+    """MLflow (extra `mlflow`): RUN/mlruns, or the server that MLFLOW_TRACKING_URI names."""
+    project: str = "cauc-dist"
+    """W&B's project, MLflow's experiment."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run, whole."""
 
@@ -327,6 +341,7 @@ class RunConfig:
     optim: Optim = field(default_factory=Optim)
     engine: Engine = field(default_factory=Engine)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    trackers: Trackers = field(default_factory=Trackers)
 
     @property
     def folder(self) -> Path:

@@ -36,6 +36,7 @@ from cauc_dist.store.reader import Store
 from cauc_dist.store.stage import stage
 from cauc_dist.stream.loader import Loader
 from cauc_dist.stream.plan import Plan, per_rank, shares
+from cauc_dist.trackers import Trackers
 from cauc_dist.trainer import Feed, NonFinite, Step, Trainer
 from cauc_dist.watch import Watch
 from cauc_dist.world import World, cores
@@ -112,6 +113,7 @@ def train(run: RunConfig, world: World, stop: Stop | None = None, wait: float = 
     with (
         Journal(run.folder, quiet=quiet) as journal,
         Progress(run.name, total, quiet=quiet) as progress,
+        Trackers(run, journal, progress.say, quiet=quiet) as trackers,
         Saves(run, world, belongs) as saves,
         reads as batches,
     ):
@@ -121,6 +123,7 @@ def train(run: RunConfig, world: World, stop: Stop | None = None, wait: float = 
         facts = derived(run, world, plan, store, opened)
         journal.write("resume" if start else "start", **facts)
         progress.start(facts)
+        trackers.start(start)
         trainer = Trainer(engine, objective, run, world, Feed(batches), store.keys, opened.chunks)
         watch = Watch(world.names)
         peak = optimisers.peak_lr(run.optim, run.batch_size)
@@ -152,6 +155,7 @@ def train(run: RunConfig, world: World, stop: Stop | None = None, wait: float = 
                     journal.write("skip", step=number, scans=list(trainer.skipped), skipped=skips)
                     progress.say(f"step {number}: {', '.join(trainer.skipped)} damaged, skipped")
                 journal.write("step", step=number, epoch=step.epoch, **record)
+                trackers.step(number, step.epoch, record)
                 progress.step(number + 1, step.epoch, record)
                 saves.losses.append(record["loss"])
                 for event, fields, line in watch.add(*trainer.seconds, record["step_s"]):
@@ -168,9 +172,11 @@ def train(run: RunConfig, world: World, stop: Stop | None = None, wait: float = 
             if trainer.asked and number + 1 < total:
                 saves.close()
                 journal.write("stopped", step=number + 1, signal=trainer.asked)
+                trackers.close("stopped")
                 name = signal.Signals(trainer.asked).name
                 raise Stopped(f"stopped by {name} after step {number}, checkpoint written")
         saves.close()
+        trackers.close("finished")
         journal.write("end", step=total)
         progress.finish(run.folder)
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks import data as full
-from cauc_dist import bench
-from cauc_dist.bench import WAYS, Contestant, Data, Maps
+from cauc_dist.bench import peers as bench
+from cauc_dist.bench.peers import WAYS, Contestant, Data, Maps
 from cauc_dist.errors import BadInput
 from cauc_dist.store.reader import Store
 

@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from cauc_dist.cli import COMMANDS, STORE, main
+from cauc_dist.cli import BENCH, COMMANDS, STORE, main
 from cauc_dist.store.reader import Store
 
 SMALL = [
@@ -47,7 +47,10 @@ def test_help_names_every_command_and_recipe_and_imports_no_torch() -> None:
     assert all(name in done.stdout for name in [*COMMANDS, *recipes()])
 
 
-@pytest.mark.parametrize("command", [*sorted(COMMANDS.keys() - {"store"}), *(f"store {name}" for name in STORE)])
+@pytest.mark.parametrize(
+    "command",
+    [*sorted(COMMANDS.keys() - {"store", "bench"}), *(f"store {n}" for n in STORE), *(f"bench {n}" for n in BENCH)],
+)
 def test_every_command_explains_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([*command.split(), "--help"])

@@ -16,7 +16,9 @@ from cauc_dist.config import RunConfig, to_json
 
 NONSENSE = ("nonsense", "-1", "nan", "1e999", "", "{}", "9999999999999999999")
 INNOCENT = ("run", "seed", "name", "data.stage")  # any word, or any number, is one of these
-COMMANDS = [command for command in KINDS if command not in ("demo", "doctor", "verify", "completion", "bench")]
+BARE = ("demo", "doctor", "verify", "completion")
+"""They need no source, and would begin."""
+COMMANDS = [command for command in KINDS if command not in BARE]
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -99,7 +101,7 @@ def test_no_command_takes_what_is_none(
     [
         (command, option)
         for command, kind in KINDS.items()
-        if command not in ("train", "augment-preview")
+        if command not in ("train", "augment-preview", "bench loss", "bench step", "bench scale")
         for option in names(kind)
     ],
 )
@@ -107,10 +109,9 @@ def test_no_option_takes_what_is_none(
     command: str, option: str, value: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Beside a source that is not there: whichever is found first."""
-    if command in ("demo", "doctor", "verify", "completion", "bench"):
-        option, value = option + "x", value  # they need no source, and would begin
+    option += "x" * (command in BARE)
     sources = {"ingest": ["no", "new"], "store append": ["no", "new"], "export": ["no", "out"], "embed": ["no", "out"]}
-    bare = {"demo": [], "doctor": [], "verify": [], "bench": ["data"], "completion": ["bash"]}
+    bare = {"demo": [], "doctor": [], "verify": [], "completion": ["bash"]}
     more = ["--target", "age"] if command == "finetune" and option != "--target" else []
     given = {**sources, **bare}.get(command, ["no"])
     refused([*command.split(), *given, *more, f"{option}={value}"], place, capsys)

@@ -138,12 +138,12 @@ def test_the_completion_knows_the_options_of_the_parser(command: str, capsys: Ca
 def test_every_example_is_of_known_words() -> None:
     assert set(words.EXAMPLES) == set(completion.KINDS)
     for command, examples in words.EXAMPLES.items():
-        known = {*completion.names(completion.KINDS[command])}
+        known = {*completion.names(completion.KINDS[command]), *voice.FLAGS}
         for example in examples:
             options = re.findall(r" (--[\w.-]+)", example)
             assert set(options) <= known, example
     text = json.dumps(words.EXAMPLES)
-    assert set(re.findall(r"(?:train|--recipe|step) ([a-z]\w+)(?= )", text)) <= set(recipes.recipes())
+    assert set(re.findall(r"(?:train|--recipe|step|loss|scale) ([a-z]\w+)(?= )", text)) <= set(recipes.recipes())
     assert set(re.findall(r"reproduce (\w+)", text)) <= set(studies())
 
 
@@ -163,6 +163,8 @@ def in_bash(line: str) -> list[str]:
     [
         ("cauc inge", ["ingest"]),
         ("cauc store ver", ["verify"]),
+        ("cauc bench sc", ["scale"]),
+        ("cauc bench scale demo_cauc --gb", ["--gbits"]),
         ("cauc train yaware_", ["yaware_bhb_2021"]),
         ("cauc train demo_cauc --data.sto", ["--data.store"]),
         ("cauc reproduce hip", ["hippocampus"]),
@@ -221,7 +223,7 @@ def test_news_go_where_the_voice_says(mode: str, place: str, capsys: Captured, m
 
 def test_the_page_of_the_commands_names_all_of_them_and_every_exit_code() -> None:
     page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text()
-    for command in [*words.COMMANDS, *(f"store {name}" for name in words.STORE)]:
+    for command in [*words.COMMANDS, *(f"store {n}" for n in words.STORE), *(f"bench {n}" for n in words.BENCH)]:
         assert f"`cauc {command}`" in page
     for code, text in words.CODES.items():
         assert f"| {code} | {text} |" in page

@@ -23,6 +23,12 @@ def test_defaults_are_written_out() -> None:
     assert values["objective"]["lambda_align"] is None
 
 
+def test_the_config_of_a_run_older_than_trackers_is_read_with_their_defaults() -> None:
+    values = json.loads(to_json(RunConfig(name="x")))
+    assert values.pop("trackers")["tensorboard"] is True
+    assert from_json(json.dumps(values)) == RunConfig(name="x")
+
+
 def test_an_unknown_field_is_refused_with_the_nearest() -> None:
     values = json.loads(to_json(RunConfig(name="x")))
     values["optim"]["weight_decai"] = 1

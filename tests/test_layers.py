@@ -28,18 +28,28 @@ LAYERS = [
         "scores",
         "stats",
     ],
-    ["losses", "store.chunks", "store.sources", "store.workplace", "report", "spawn", "memory", "openbhb", "table"],
-    ["gather", "store.shards", "store.reader"],
+    [
+        "losses",
+        "store.chunks",
+        "store.sources",
+        "store.workplace",
+        "report.style",
+        "spawn",
+        "memory",
+        "openbhb",
+        "table",
+    ],
+    ["gather", "store.shards", "store.reader", "trackers"],
     ["store.parts", "store.rows", "store.stage", "stream.values", "study"],
     ["store.planned", "stream.loader", "studies"],
     ["store.job"],
     ["store.ingest"],
-    ["store.append", "store.check", "sheet", "objective", "engine", "checkpoint", "phantoms", "bench"],
+    ["store.append", "store.check", "sheet", "objective", "engine", "checkpoint", "model_card", "phantoms", "doctor"],
     ["prepare", "info", "trainer"],
     ["train", "verify"],
-    ["geometry"],
+    ["geometry", "bench"],
     ["probe"],
-    ["embeddings"],
+    ["embeddings", "report"],
     ["demo", "export", "finetune", "job"],
     ["embed"],
     ["estimator", "reproduce"],
@@ -50,14 +60,14 @@ LAYERS = [
 OWNERS = {
     "deepspeed": {"engine"},
     "pytorch_optimizer": {"optimisers"},
-    "psutil": {"memory", "world"},
+    "psutil": {"memory", "world", "doctor"},
     "mpi4py": {"world"},
     "zarr": {"store.rows", "store.chunks", "store.files", "bench"},
     "numcodecs": {"store.shards", "store.chunks", "store.rows", "bench"},
     "obstore": {"store.files"},
     "nibabel": {"store.sources", "phantoms", "bench"},
-    "sklearn": {"estimator", "openbhb", "scores"},
-    "matplotlib": {"report", "reproduce", "sheet"},
+    "sklearn": {"estimator", "openbhb", "scores", "report"},
+    "matplotlib": {"reproduce", "sheet"},
     "tyro": {"cli"},
     "submitit": {"job"},
     "rich": {"progress"},
@@ -75,7 +85,9 @@ NO_TORCH = {
     "journal",
     "provenance",
     "progress",
-    "report",
+    "report.style",
+    "doctor",
+    "trackers",
     "watch",
     "spawn",
     "world",
@@ -123,7 +135,7 @@ def violations(root: Path) -> list[str]:
     wrong = []
     for path in sorted(root.rglob("*.py")):
         me = name_of(path)
-        if path.name == "__init__.py" and me in ("store", "stream"):
+        if path.name == "__init__.py" and me in ("__init__", "store", "stream"):
             continue
         if me not in level:
             wrong.append(f"{me} has no layer")

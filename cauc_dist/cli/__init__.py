@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 from cauc_dist import progress
 from cauc_dist.cli import completion, data, machine, results, runs, voice
-from cauc_dist.cli.words import CODES, COMMANDS, STORE
+from cauc_dist.cli.words import BENCH, CODES, COMMANDS, STORE
 from cauc_dist.errors import BadInput, nearest
 
-__all__ = ["COMMANDS", "STORE", "main"]
+__all__ = ["BENCH", "COMMANDS", "STORE", "main"]
 
 RUN: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": machine.demo,

@@ -10,7 +10,7 @@ import tyro
 from tyro.conf import Positional
 
 from cauc_dist.cli import data, machine, results, runs, voice
-from cauc_dist.cli.words import COMMANDS, STORE, parse
+from cauc_dist.cli.words import BENCH, COMMANDS, STORE, parse
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,23 @@ KINDS: dict[str, Any] = {
     "report": results.Report,
     "reproduce": results.Reproduce,
     "verify": machine.Verify,
-    "bench": machine.Bench,
+    "bench data": machine.BenchData,
+    "bench loss": machine.BenchLoss,
+    "bench step": machine.BenchStep,
+    "bench scale": machine.BenchScale,
     "completion": Completion,
 }
 
 BASH = """\
 _cauc() {{
   local word=${{COMP_WORDS[COMP_CWORD]}} at=${{COMP_WORDS[1]}} words=
-  [[ $at == store ]] && at="store ${{COMP_WORDS[2]}}"
+  [[ $at == store || $at == bench ]] && at="$at ${{COMP_WORDS[2]}}"
   case $at in
 {cases}
   esac
   if [[ $COMP_CWORD == 1 ]]; then words="{commands}"
   elif [[ $COMP_CWORD == 2 && ${{COMP_WORDS[1]}} == store ]]; then words="{store}"
+  elif [[ $COMP_CWORD == 2 && ${{COMP_WORDS[1]}} == bench ]]; then words="{bench}"
   elif [[ $COMP_CWORD == 2 && ${{COMP_WORDS[1]}} == train && $word != -* ]]; then words="{recipes}"
   elif [[ $COMP_CWORD == 2 && ${{COMP_WORDS[1]}} == reproduce && $word != -* ]]; then words="{studies}"
   elif [[ $word != -* ]]; then words=; fi
@@ -97,7 +101,8 @@ def bash() -> str:
     from cauc_dist.studies import studies
 
     cases = "\n".join(f'    "{command}") words="{" ".join(words)}" ;;' for command, words in _options().items())
-    lists: dict[str, Iterable[str]] = {"commands": COMMANDS, "store": STORE, "recipes": recipes(), "studies": studies()}
+    lists: dict[str, Iterable[str]] = {"commands": COMMANDS, "store": STORE, "bench": BENCH}
+    lists |= {"recipes": recipes(), "studies": studies()}
     return BASH.format(cases=cases, **{name: " ".join(words) for name, words in lists.items()})
 
 
@@ -118,7 +123,7 @@ def fish() -> str:
 
     first = "complete -c cauc -n __fish_use_subcommand -f -a"
     lines = [f"{first} {name} -d '{text}'" for name, text in ((n, t.replace("'", "\\'")) for n, t in COMMANDS.items())]
-    for command, inner in (("store", STORE), ("train", recipes()), ("reproduce", studies())):
+    for command, inner in (("store", STORE), ("bench", BENCH), ("train", recipes()), ("reproduce", studies())):
         lines.append(f"complete -c cauc -n '__fish_seen_subcommand_from {command}' -a '{' '.join(inner)}'")
     for command, words in _options().items():
         seen = " ; and ".join(f"__fish_seen_subcommand_from {word}" for word in command.split())

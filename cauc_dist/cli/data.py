@@ -13,7 +13,7 @@ from cauc_dist import config
 from cauc_dist.cli import voice
 from cauc_dist.cli.runs import preset_of, recipe_of
 from cauc_dist.cli.words import STORE, parse
-from cauc_dist.errors import SET_ASIDE, BadInput, nearest
+from cauc_dist.errors import SET_ASIDE, BadInput
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,8 @@ class Info:
 
 
 def store(arguments: Sequence[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        width = max(map(len, STORE))
-        print("usage: cauc store COMMAND ... (cauc store COMMAND --help says more)\n")
-        print("\n".join(f"  {name:<{width}}  {text}" for name, text in STORE.items()))
-        return 0
     commands = {"info": _info, "verify": _verify, "append": _append, "split": _split}
-    if arguments[0] not in commands:
-        raise BadInput(f"no command {'store ' + arguments[0]!r}", wanted="a command", do=nearest(arguments[0], STORE))
-    return commands[arguments[0]](arguments[1:])
+    return voice.inner("store", STORE, commands, arguments)
 
 
 def _info(arguments: Sequence[str]) -> int:

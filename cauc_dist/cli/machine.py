@@ -5,31 +5,124 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from tyro.conf import Positional
 
 from cauc_dist import progress
+from cauc_dist.bench.projection import Site
 from cauc_dist.cli import voice
-from cauc_dist.cli.words import parse
+from cauc_dist.cli.runs import recipe_of
+from cauc_dist.cli.words import BENCH, parse
+from cauc_dist.config import RunConfig
+from cauc_dist.errors import BadInput
 
 
 @dataclass(frozen=True)
-class Bench:
-    what: Annotated[Positional[Literal["data"]], tyro.conf.arg(metavar="data")]
+class Measuring:
     quick: bool = False
     """Under a minute."""
     out: Path | None = None
     """Write all raw numbers as JSON."""
 
 
-def bench(arguments: Sequence[str]) -> int:
-    options = parse(Bench, "bench", arguments)
-    voice.writable(options.out)
-    from cauc_dist.bench import data
+@dataclass(frozen=True)
+class BenchData(Measuring):
+    store: Annotated[Positional[str | None], tyro.conf.arg(metavar="STORE")] = None
+    """Your store: folder or URL."""
+    made: bool = False
+    """Made scans instead, beside other libraries."""
+    threads: int = 2
+    """Readers, as data.threads in training."""
 
-    return data(quick=options.quick, out=options.out, say=voice.say)
+
+@dataclass(frozen=True, kw_only=True)
+class BenchLoss(Measuring):
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchStep(Measuring):
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    ranks: int = 1
+    """Processes on this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchScale(Measuring):
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    ranks: tuple[int, ...] = ()
+    """Local ranks to measure on; default: 1, 2 and 4, as cores or GPUs allow."""
+    site: Annotated[Site, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Site)
+
+
+def bench(arguments: Sequence[str]) -> int:
+    commands = {"data": _data, "loss": _loss, "step": _step, "scale": _scale}
+    return voice.inner("bench", BENCH, commands, arguments)
+
+
+def _data(arguments: Sequence[str]) -> int:
+    options = parse(BenchData, "bench data", arguments)
+    voice.at_least_one(threads=options.threads)
+    voice.writable(options.out)
+    from cauc_dist.bench import reading
+
+    how: Measured = {"threads": options.threads, "quick": options.quick, "out": options.out, "say": _result}
+    if options.store is None or options.made:
+        return reading.data(options.store, options.made, **how)
+    voice.tell(None, reading.read(options.store, **how))
+    return 0
+
+
+def _loss(arguments: Sequence[str]) -> int:
+    options = _of_recipe(BenchLoss, "loss", arguments)
+    from cauc_dist.bench.pairs import loss
+
+    voice.tell(None, loss(options.config, quick=options.quick, out=options.out, say=_result))
+    return 0
+
+
+def _step(arguments: Sequence[str]) -> int:
+    options = _of_recipe(BenchStep, "step", arguments)
+    voice.at_least_one(ranks=options.ranks)
+    from cauc_dist.bench.step import step
+
+    voice.tell(None, step(options.config, options.ranks, quick=options.quick, out=options.out, say=_result))
+    return 0
+
+
+def _scale(arguments: Sequence[str]) -> int:
+    options = _of_recipe(BenchScale, "scale", arguments)
+    from cauc_dist.bench.scale import scale
+
+    how: Measured = {"quick": options.quick, "out": options.out, "say": _result}
+    voice.tell(None, scale(options.config, ranks=options.ranks, site=options.site, **how))
+    return 0
+
+
+Measured = dict[str, Any]
+T = TypeVar("T", BenchLoss, BenchStep, BenchScale)
+
+
+def _of_recipe(kind: type[T], name: str, arguments: Sequence[str]) -> T:
+    """Options after a recipe's name (or a config.json), with its fields."""
+    if not arguments or arguments[0].startswith("-"):
+        if not {"-h", "--help"} & set(arguments):
+            do = f"e.g. cauc bench {name} demo_cauc --data.store STORE"
+            raise BadInput(f"`cauc bench {name}` without a recipe", wanted="a recipe or a config.json", do=do)
+        arguments = ["demo_cauc", "--help"]
+    options = parse(kind, f"bench {name}", arguments[1:], default=kind(config=recipe_of(arguments[0])))
+    voice.writable(options.out)
+    return options
+
+
+def _result(line: str) -> None:
+    """What these commands say is their result."""
+    if progress.voice() == "json":
+        voice.say(line)
+    else:
+        print(line, flush=True)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import tyro
 
 from cauc_dist import progress
-from cauc_dist.errors import BAD_INPUT, BadInput
+from cauc_dist.errors import BAD_INPUT, BadInput, nearest
 
 FLAGS = {
     "--json": "the result as one JSON document on stdout, all else on stderr",
@@ -94,6 +94,24 @@ def options(kind: type[T], program: str, description: str, arguments: Sequence[s
     """The options of a command, parsed; --help, and what cannot be parsed, end the process (SystemExit)."""
     chosen = {} if default is None else {"default": default}
     return tyro.cli(kind, args=arguments, prog=program, description=description, **chosen)  # type: ignore[no-any-return, call-overload]
+
+
+def inner(
+    name: str,
+    texts: Mapping[str, str],
+    commands: Mapping[str, Callable[[Sequence[str]], int]],
+    arguments: Sequence[str],
+) -> int:
+    """One of the commands of `cauc NAME`, or what they are."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, texts))
+        print(f"usage: cauc {name} COMMAND ... (cauc {name} COMMAND --help says more)\n")
+        print("\n".join(f"  {word:<{width}}  {text}" for word, text in texts.items()))
+        return 0
+    if arguments[0] not in commands:
+        found = f"no command {f'{name} {arguments[0]}'!r}"
+        raise BadInput(found, wanted="a command", do=nearest(arguments[0], texts))
+    return commands[arguments[0]](arguments[1:])
 
 
 def writable(out: Path | None) -> None:

@@ -20,7 +20,7 @@ COMMANDS = {
     "report": "one HTML page: what was run, the curves, the maps and the probe table of one or several runs",
     "reproduce": "a study: methods x seeds x splits, each run once, then one table with intervals, tests and figures",
     "verify": "on this machine, every objective on --ranks processes against one: value and gradient",
-    "bench": "what limits a run here: how fast scans are read, the loss, a step, and more ranks",
+    "bench": "data, loss, step, scale: what limits a run on this machine, and what more ranks would give",
     "completion": "a script for the shell that completes commands, options and recipes",
 }
 STORE = {
@@ -28,6 +28,12 @@ STORE = {
     "verify": "read every byte: checksums of chunks, statistics, and with --sources the files that it was made from",
     "append": "add the scans of another source to a store, in the store's own form",
     "split": "deal the subjects into train, validation, test ..., kept as a column of the store",
+}
+BENCH = {
+    "data": "scans a second from a store, beside copies in memory and the disk; --made: beside other libraries",
+    "loss": "what the objective of a recipe costs at its batch, beside its bare products of matrices",
+    "step": "where the seconds of a step go, on --ranks processes",
+    "scale": "steps on the ranks of this machine, and a projection of speed and cost to 1 ... 1,024 ranks",
 }
 EXAMPLES = {
     "demo": ["cauc demo --folder demo/first", "cauc demo --quick --folder demo/quick"],
@@ -55,7 +61,10 @@ EXAMPLES = {
     "report": ["cauc report runs/mine runs/other --out compared.html", "cauc report runs/mine --serve"],
     "reproduce": ["cauc reproduce ixi_roi --seeds 1", "cauc reproduce ixi_roi --only tables"],
     "verify": ["cauc verify --ranks 3"],
-    "bench": ["cauc bench data", "cauc bench step demo_cauc --data.store stores/mine.zarr --ranks 2"],
+    "bench data": ["cauc bench data stores/mine.zarr", "cauc bench data --made --quick"],
+    "bench loss": ["cauc bench loss demo_cauc --data.store stores/mine.zarr --batch-size 512"],
+    "bench step": ["cauc bench step demo_cauc --data.store stores/mine.zarr --ranks 2"],
+    "bench scale": ["cauc bench scale demo_cauc --data.store stores/mine.zarr --gbits 25 --latency-us 20"],
     "completion": ["source <(cauc completion bash)", "cauc completion fish > ~/.config/fish/completions/cauc.fish"],
 }
 CODES = {
@@ -73,6 +82,7 @@ T = TypeVar("T")
 
 def parse(kind: type[T], command: str, arguments: Sequence[str], default: T | None = None) -> T:
     """The options of `cauc COMMAND`; its --help ends with examples."""
-    text = STORE[command.removeprefix("store ")] if command.startswith("store ") else COMMANDS[command]
+    group, _, name = command.partition(" ")
+    text = {"store": STORE, "bench": BENCH}[group][name] if name else COMMANDS[command]
     text = "\n".join([text, "", *(f"$ {example}" for example in EXAMPLES[command])])
     return voice.options(kind, f"cauc {command}", text, arguments, default)

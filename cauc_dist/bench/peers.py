@@ -527,7 +527,7 @@ class Contestant:
     def __init__(self, name: str, data: Data, at_least: float) -> None:
         # Fork from a small server that has the imports and no threads: a fork of this process might have both.
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["zarr", "nibabel", "cauc_dist.bench"])
+        context.set_forkserver_preload(["zarr", "nibabel", "cauc_dist.bench.peers"])
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, name, data, at_least))
         self._process.start()
