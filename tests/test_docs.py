@@ -15,7 +15,7 @@ import pytest
 import tyro
 
 from cauc_dist import recipes
-from cauc_dist.cli import completion, data, machine, results, runs, words
+from cauc_dist.cli import completion, runs, words
 from launch import cli as launch
 from launch.site import Resources
 
@@ -112,25 +112,7 @@ def test_the_reference_has_the_docstrings_and_types_of_what_is_public(pages: dic
 
 # ---- commands -----------------------------------------------------------------------------------------------------
 
-KINDS: dict[str, type] = {
-    "demo": machine.Demo,
-    "doctor": machine.Doctor,
-    "verify": machine.Verify,
-    "bench": machine.Bench,
-    "ingest": data.Ingest,
-    "store info": data.Info,
-    "store verify": data.VerifyStore,
-    "store append": data.Append,
-    "store split": data.Split,
-    "augment-preview": data.Preview,
-    "resume": runs.Resume,
-    "probe": results.Probe,
-    "finetune": results.Finetune,
-    "embed": results.Embed,
-    "export": results.Export,
-    "report": results.Report,
-    "reproduce": results.Reproduce,
-}
+KINDS = completion.KINDS
 TEMPLATE = re.compile(r"\.\.\.|…|\b[A-Z]{3,}\b")
 """A line with a place to fill in (RUN, STORE ...) is no command yet."""
 
@@ -154,8 +136,8 @@ def parse(command: str) -> None:
         parse_launch(given[3], given[4:])
         return
     _, name, *rest = (word for word in given if word not in ("--json", "--quiet", "--debug"))
-    if name == "store":
-        name, *rest = (f"store {rest[0]}", *rest[1:])
+    if name in ("store", "bench"):
+        name, *rest = (f"{name} {rest[0]}", *rest[1:])
     if name in ("--version", "--help"):
         assert not rest
     elif name == "completion":
@@ -163,6 +145,8 @@ def parse(command: str) -> None:
     elif name == "train":
         recipe = recipes.get("demo_cauc" if rest[0].endswith(".json") else rest[0])
         words.parse(runs.Train, "train", rest[1:], runs.Train(recipe))
+    elif name in ("bench loss", "bench step", "bench scale"):
+        words.parse(KINDS[name], name, rest[1:], KINDS[name](config=recipes.get(rest[0])))
     else:
         words.parse(KINDS[name], name, rest)
 

@@ -137,7 +137,8 @@ def write_manifest(study: Study, wanted: Sequence[Member], place: Place) -> Path
 def _configured(study: Study, member: Member, place: Place) -> RunConfig:
     run = run_of(study, member, str(place.store))
     engine = run.engine if place.device is None else dataclasses.replace(run.engine, device=place.device)
-    return dataclasses.replace(run, name=member.name, engine=engine)
+    silent = dataclasses.replace(run.trackers, tensorboard=False)  # thousands of members, whose curves nobody looks at
+    return dataclasses.replace(run, name=member.name, engine=engine, trackers=silent)
 
 
 def _check(study: Study, wanted: Sequence[Member], place: Place) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cauc_dist import durable, journal, probe, scores, train
-from cauc_dist.config import RunConfig, to_json
+from cauc_dist.config import RunConfig, Trackers, to_json
 from cauc_dist.errors import BAD_INPUT, BadInput
 from cauc_dist.geometry import geometry
 from cauc_dist.prepare import load, parts, prepare
@@ -69,7 +69,7 @@ def trained(run: RunConfig, folder: Path) -> int:
 
 
 def same(run: RunConfig, folder: Path) -> None:
-    """BadInput where the folder's run has other settings than these, but for where it ran and its store's path."""
+    """BadInput where the folder's run has other settings than these, but for where it ran and who was told."""
     then, now = (json.loads(to_json(_bare(one))) for one in (load(folder), run))
     if then != now:
         different = sorted(_different(then, now))
@@ -82,7 +82,8 @@ def same(run: RunConfig, folder: Path) -> None:
 
 def _bare(run: RunConfig) -> RunConfig:
     engine = dataclasses.replace(run.engine, device="auto", threads=0)
-    return dataclasses.replace(run, run=None, name="", engine=engine, data=dataclasses.replace(run.data, store=""))
+    data = dataclasses.replace(run.data, store="")
+    return dataclasses.replace(run, run=None, name="", engine=engine, data=data, trackers=Trackers())
 
 
 def _different(then: dict[str, Any], now: dict[str, Any], above: str = "") -> list[str]:

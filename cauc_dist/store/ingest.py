@@ -181,15 +181,20 @@ def from_arrays(
     columns: Sequence[Column] = (),
     metadata: Sequence[NDArray[np.float64]] = (),
     mask: NDArray[np.bool_] | None = None,
-    dtype: DType = "f16",
+    dtype: DType | None = None,
     codec: Codec | None = None,
 ) -> Summary:
     """Make `store` from arrays in memory, `volumes` one at a time: (c, *spatial) each, as many as `ids`.
+
+    dtype: f16 by default, and f32 for rows of a table, which have no other.
 
     mask (c, *spatial) bool: packed, where every volume is 0 outside. Without: dense. As `ingest` otherwise; the
     checksum of a source that is no file is that of its row as stored.
     """
     began = time.perf_counter()
+    if len(shape) == 1 and dtype not in (None, "f32"):
+        raise BadInput(f"dtype {dtype} for rows of a table", wanted="f32", do="Leave the dtype out")
+    dtype = dtype or ("f32" if len(shape) == 1 else "f16")
     form = Form(shape, dtype, codec or default_codec(mask, shape), mask)
     items = tuple(Item(name, subject, (), 0) for name, subject in zip(ids, subjects or ids, strict=True))
     cohort = Cohort("arrays", items, tuple(columns), tuple(metadata), (), {"kind": "arrays"})

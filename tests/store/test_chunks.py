@@ -12,6 +12,7 @@ import pytest
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, ZstdCodec
 
+from cauc_dist.errors import BadInput
 from cauc_dist.store.chunks import ThinRows, ZarrRows, open_rows, whole
 from cauc_dist.store.files import open_files
 from cauc_dist.store.ingest import from_arrays
@@ -265,3 +266,12 @@ def test_a_compressed_row_of_another_length_is_damage_and_never_fills_a_part(
     shard(tmp_path / "s.zarr", 0).write_bytes(shard(tmp_path / "t.zarr", 0).read_bytes())
     with pytest.raises(Damaged, match=rf"scan s0 .*{4 * side**3} bytes for values of 2016"):
         rows(Store.open(tmp_path / "s.zarr"))
+
+
+def test_rows_of_a_table_are_exact_and_have_no_other_type(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(5, 7)).astype("f4")
+    from_arrays(tmp_path / "s.zarr", rows, list("abcde"), shape=(7,))
+    store = Store.open(tmp_path / "s.zarr")
+    np.testing.assert_array_equal([store.volume(i) for i in range(5)], rows)
+    with pytest.raises(BadInput, match="dtype f16 for rows of a table; wanted f32"):
+        from_arrays(tmp_path / "t.zarr", rows, list("abcde"), shape=(7,), dtype="f16")
