@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cauc_dist import augment, config, encoders, kernels, optimisers
+from cauc_dist import augment, config, encoders, kernels, optimisers, trackers
 from cauc_dist.config import RunConfig
 from cauc_dist.engine import deepspeed_config
 from cauc_dist.errors import BadInput
@@ -72,6 +72,7 @@ def check(run: RunConfig, ranks: int, local: int | None = None) -> Store:
     _check_numbers(run)
     _check_engine(run, ranks)
     _check_devices(run, ranks, local)
+    trackers.check(run)
     store = Store.open(run.data.store)
     train, _ = parts(run, store)
     store.require(run.objective.columns, train)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 # What DeepSpeed imports when an engine is made costs 3 s; a fork of a process that has it costs nothing.
-PRELOADED = ["torch._dynamo", "deepspeed", "cauc_dist.train"]
+PRELOADED = ["torch._dynamo", "deepspeed", "torch.utils.tensorboard", "cauc_dist.train"]
 
 
 def preload() -> None:

@@ -72,6 +72,9 @@ OWNERS = {
     "submitit": {"job"},
     "rich": {"progress"},
     "safetensors": {"checkpoint"},
+    "wandb": {"trackers"},
+    "mlflow": {"trackers"},
+    "tensorboard": {"trackers"},
 }
 NO_TORCH = {
     "study",
