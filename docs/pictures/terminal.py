@@ -6,6 +6,7 @@ The command runs in a terminal of 110 columns; the last ROWS rows of its screen 
 """
 
 import io
+import itertools
 import os
 import pty
 import re
@@ -50,10 +51,9 @@ def colour(name: str) -> str | None:
 def lines(shown: pyte.Screen) -> list[Text]:
     found = []
     for row in range(shown.lines):
-        line = Text()
-        for column in range(COLUMNS):
-            cell = shown.buffer[row][column]
-            line.append(cell.data, Style(color=colour(cell.fg), bold=cell.bold))
+        line, cells = Text(), [shown.buffer[row][column] for column in range(COLUMNS)]
+        for (fg, bold), run in itertools.groupby(cells, lambda cell: (cell.fg, cell.bold)):
+            line.append("".join(cell.data for cell in run), Style(color=colour(fg), bold=bold))
         line.rstrip()
         found.append(line)
     while found and not found[-1].plain:
