@@ -34,6 +34,7 @@ def _rank_main(conn: Connection, rank: int, world: int, store: str, fn: Callable
     try:
         torch.set_num_threads(1)  # two cores: more threads than that only fight
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        dist.barrier()  # else who has nothing to send may be gone before the others have found it
         # Bytes, not tensors by file descriptor: the rank may exit before the reader maps them.
         conn.send_bytes(pickle.dumps((True, fn(*pickle.loads(args)))))
     except BaseException:

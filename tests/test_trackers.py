@@ -151,9 +151,9 @@ def test_wandb_is_offline_and_one_line_says_how_to_upload(tmp_path: Path) -> Non
     (folder,) = tmp_path.glob(f"wandb/offline-run-*-{name}")
     command = line.split("`")[1]
     assert command == f"wandb sync {tmp_path}/wandb/offline-run-*-{name}"
-    listed = subprocess.run(
-        f"{command} --dry-run", shell=True, capture_output=True, text=True, check=True, cwd=tmp_path
-    )
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    asked = {"shell": True, "capture_output": True, "text": True, "check": True}
+    listed = subprocess.run(f"{command} --dry-run", cwd=tmp_path, env=env, **asked)
     assert folder.name in listed.stdout + listed.stderr
 
 

@@ -34,7 +34,7 @@ def test_the_missing_members_are_one_array_that_the_tables_are_made_of(
     before = len(journal.read(folder / "sweep-0" / members[0].run))
     found = reproduce(tiny(), folder, seeds=1, jobs=1, say=lambda line: None)
     assert {row["seeds"] for row in found["rows"]} == {1}
-    assert {row["method"] for row in found["rows"]} == {"cauc", "calign_unif", "raw", "untrained"}
+    assert {row["method"] for row in found["rows"]} == {"cauc", "calign_unif", "raw", "untrained", "chance"}
     assert len(journal.read(folder / "sweep-0" / members[0].run)) == before
     assert not list((folder / "runs").glob("calign_unif*"))
 
