@@ -75,7 +75,8 @@ def facts(store: Store) -> dict[str, Any]:
         "voxel_mm": told["voxel_mm"],
         "error": told["error"],
         "columns": [
-            {"name": c.name, "kind": c.kind, "missing": c.missing, "values": dict(c.bars)} for c in _columns(store)
+            {"name": c.name, "kind": c.kind, "missing": c.missing, "values": [[label, n] for label, n in c.bars]}
+            for c in _columns(store)
         ],
     }
 

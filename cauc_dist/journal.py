@@ -87,7 +87,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     with path.open(encoding="utf-8") as file:
         for line in file:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue
+            with contextlib.suppress(json.JSONDecodeError):
+                event = json.loads(line)
+                if isinstance(event, dict) and "event" in event:
+                    yield event

@@ -1,7 +1,9 @@
 """What a person sees while a run goes on: a bar on a terminal, a line an epoch or 50 steps in a log file."""
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -27,6 +29,26 @@ def console() -> Console:
     """Where news on the way go."""
     file = sys.stderr if voice() == "json" else sys.stdout
     return Console(file=file, quiet=voice() == "quiet", highlight=False, soft_wrap=True)
+
+
+def as_json(data: Any) -> str:
+    """A result for scripts: dataclasses as objects, paths as texts, a number that is none as null."""
+    return json.dumps(_plain(data), allow_nan=False)
+
+
+def _plain(data: Any) -> Any:
+    """What JSON has: dataclasses as objects, a number that is none as null."""
+    if dataclasses.is_dataclass(data) and not isinstance(data, type):
+        return {field.name: _plain(getattr(data, field.name)) for field in dataclasses.fields(data)}
+    if isinstance(data, Mapping):
+        return {str(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple | set | frozenset):
+        return [_plain(each) for each in data]
+    if hasattr(data, "item") and hasattr(data, "dtype"):  # numpy's
+        data = data.item()
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    return str(data) if isinstance(data, Path) else data
 
 
 class Progress:

@@ -3,11 +3,13 @@
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 PACKAGES = ("cauc-dist", "torch", "deepspeed", "zarr", "numcodecs", "numpy", "nibabel", "scikit-learn")
 
@@ -53,3 +55,16 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]+")
+
+
+def without_secrets(text: str) -> str:
+    """The text, its URLs cut to scheme, host and path: a signed one, or one with a password, opens a store."""
+    return URL.sub(lambda found: _bare(found[0]), text)
+
+
+def _bare(url: str) -> str:
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

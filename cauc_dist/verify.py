@@ -9,7 +9,6 @@ ranks, as DeepSpeed and DDP do), and by rank 0 alone on the whole batch, in floa
 
 import argparse
 import copy
-import json
 import math
 import signal
 import socket
@@ -305,7 +304,7 @@ def verify(exchange: str, device: torch.device) -> bool:
         lines = [table(rows, world_size), told, *faults(rows, world_size)]
         if progress.voice() == "json":
             objectives = [{**row._asdict(), "ok": row.ok} for row in rows]
-            lines = [json.dumps({"summary": told, "objectives": objectives, "faults": faults(rows, world_size)})]
+            lines = [progress.as_json({"summary": told, "objectives": objectives, "faults": faults(rows, world_size)})]
         print("\n".join(lines), flush=True)  # the agent may end this rank as soon as another has left
     return all(row.ok for row in rows)
 

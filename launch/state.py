@@ -247,6 +247,8 @@ class Look:
             return "REQUEUED", before
         if job.state not in slurm.LIVE:  # e.g. NODE_FAIL, in the moment before it is requeued
             return "COMPLETING", job.state
+        if job.state == "SIGNALING":  # for a moment, with the notice of --signal
+            return "RUNNING", reason
         return job.state, reason
 
     def _out_of_queue(self, remembered: Sequence[slurm.Job]) -> tuple[str, str, str]:

@@ -116,7 +116,7 @@ def test_what_was_interrupted_says_how_to_go_on(capsys: Captured, monkeypatch: p
     for command, again in (
         ("train", "`cauc resume RUN`"),
         ("ingest", "The same command"),
-        ("probe", "Nothing is left"),
+        ("probe", "The same command begins anew"),
     ):
         monkeypatch.setitem(cli.RUN, command, hears)
         assert cli.main([command, "x"]) == 130

@@ -392,7 +392,14 @@ PLACE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n1",
         ({**PLACE, "RANK": "4"}, "fail", "RANK 4 of WORLD_SIZE 4", "unset RANK LOCAL_"),
         ({"MASTER_ADDR": "n1"}, "warn", "MASTER_ADDR set, RANK and WORLD_SIZE not", "unset MASTER_ADDR"),
         ({"SLURM_STEP_ID": "0"}, "ok", "SLURM's step started this process", ""),
-        ({"PMI_SIZE": "2"}, "ok", "MPI started this process", ""),
+        (
+            {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"},
+            "warn",
+            "SLURM's step started this process as one of 4",
+            "start runs by",
+        ),
+        ({"PMI_SIZE": "2"}, "warn", "MPI started this process as one of 2", "start runs by"),
+        ({"PMI_SIZE": "1"}, "ok", "MPI started this process", ""),
     ],
 )
 def test_variables_of_a_launcher_that_is_gone_are_found(

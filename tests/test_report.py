@@ -11,10 +11,12 @@ import pytest
 from cauc_dist import config, recipes
 from cauc_dist.errors import BadInput
 from cauc_dist.journal import Journal
+from cauc_dist.provenance import without_secrets
 from cauc_dist.report import report
 from cauc_dist.report.curves import curves, planes
 from cauc_dist.report.hidden import Hidden
 from cauc_dist.report.incidents import incidents
+from cauc_dist.report.probes import scores
 
 FACTS = {
     "ranks": 2, "device": "cpu", "batch_size": 8, "scans": 30, "held_out": 10,
@@ -121,7 +123,7 @@ def test_the_probe_table_of_a_run_is_shown(tmp_path: Path) -> None:
     (run / "probe.json").write_text(table(ours=[1.0, 2.5]).to_json())
     text = page_of([run], tmp_path / "page.html")
     assert "1.75 [0, 1]" in text
-    assert "30 subjects to fit the probes, 4 held out" in text
+    assert "30 scans to fit the probes, 4 held out" in text
 
 
 def test_few_labels_and_geometry_are_shown_where_the_table_has_them(tmp_path: Path) -> None:
@@ -256,3 +258,46 @@ def test_ids_are_found_as_words_in_paths_and_json_and_numbers_of_settings_stay()
     text = 'at /data/sub-01.zarr, "1234567", batch 64, sub-011, an odd/id.'
     a, b, c = map(hidden, ("sub-01", "1234567", "an odd/id"))
     assert hidden.scrub(text) == f'at /data/{a}.zarr, "{b}", batch 64, sub-011, {c}.'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "runs/sub-X0017_pilot",
+        "/d/sub-X0017_ses-1_T1w.nii.gz",
+        "without-sub-X0017",
+        "sub-X0017.",
+        "a name: M\u00fcller-7!",
+        "sub-X0017_sub-X0017",
+    ],
+)
+def test_an_id_is_hidden_where_it_is_a_part_of_a_name(text: str) -> None:
+    hidden = Hidden()
+    hidden.knows("store", ["sub-X0017", "M\u00fcller-7"])
+    found = hidden.scrub(text)
+    assert "X0017" not in found
+    assert "ller" not in found
+
+
+def test_what_is_no_id_stays() -> None:
+    hidden = Hidden()
+    hidden.knows("store", ["sub-X0017", "12"])
+    for text in ("sub-X00170", "runs/sub_X0017", "optim.lr 0.12", "12"):
+        assert hidden.scrub(text) == text
+
+
+def test_urls_lose_what_opens_a_store(tmp_path: Path) -> None:
+    url = "https://user:SECRET@host/mine.zarr?X-Signature=SIGNED#x"
+    for show in (False, True):
+        assert Hidden(show_ids=show).scrub(f'"{url}", run') == '"https://host/mine.zarr", run'
+    assert without_secrets("s3://bucket/a/b.zarr and /a/b") == "s3://bucket/a/b.zarr and /a/b"
+
+
+def test_a_table_names_no_run_by_an_id(tmp_path: Path) -> None:
+    hidden = Hidden()
+    hidden.knows("store", ["sub-X0017"])
+    score = {"metric": "MAE", "value": 1.0, "low": 0.5, "high": 2.0, "detail": {}}
+    table = {"columns": ["age"], "chance": {"age": 3.0}, "n_train": 9, "n_test": 3}
+    (tmp_path / "t.json").write_text(json.dumps({**table, "scores": {"sub-X0017": {"age": score}}}))
+    assert "X0017" not in scores(tmp_path / "t.json", hidden.scrub)
+    assert "sub-X0017" in scores(tmp_path / "t.json")

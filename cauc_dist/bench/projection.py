@@ -36,6 +36,11 @@ class Site:
     """Of an hour of one rank, in any currency; 0: no cost is shown."""
 
 
+def hops(world: int, ring: bool) -> int:
+    """Messages of a collective that wait for each other, one way."""
+    return world - 1 if ring else math.ceil(math.log2(world))
+
+
 @dataclass(frozen=True)
 class Model:
     """What a step is made of. Seconds, bytes."""
@@ -67,14 +72,15 @@ class Model:
 
     def messages(self, world: int) -> int:
         """Messages of a step that wait for each other."""
-        hops = world - 1 if self.ring else math.ceil(math.log2(world))
         collectives = 2 * self.small + (2 if self.zero_stage == 0 else 3) + 1  # z's
-        return hops * collectives
+        return hops(world, self.ring) * collectives
 
     def link(self, world: int) -> Link:
         """What W ranks meet by: beyond a node, the slower of both."""
         if world <= self.ranks_per_node:
             return self.inner
+        if self.ranks_per_node == 1:
+            return self.network
         bandwidth = min(self.inner.bandwidth, self.network.bandwidth)
         return Link(bandwidth, max(self.inner.latency, self.network.latency))
 

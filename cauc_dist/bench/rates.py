@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cauc_dist.bench.projection import Link
+from cauc_dist.bench.projection import Link, hops
 from cauc_dist.gather import _all_gather
 
 PIECE = 4 * 2**20
@@ -101,7 +101,7 @@ def link(numbers: int, device: torch.device) -> Link:
         return Link()
     small, large = (reduced(n, device) for n in (1, numbers))
     moved = 2 * (world - 1) / world * 4 * numbers
-    return Link(moved / max(large - small, 1e-9), small / (2 * (world - 1)))
+    return Link(moved / max(large - small, 1e-9), small / (2 * hops(world, ring=device.type == "cpu")))
 
 
 def reduced(numbers: int, device: torch.device) -> float:

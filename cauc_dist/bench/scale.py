@@ -61,7 +61,8 @@ def scale(
     for world in worlds:  # a rank has the same cores in all of them
         points += on_ranks(run, world, batches(run.batch_size, world), 4 if quick else 15, threads_of(run, worlds[-1]))
         say(f"measured on {world} rank{'s' * (world > 1)}: {_told(points, world)}")
-    found = scaled(run, points, pair_s(run, store, quick), site, len(prepare.plan_of(run, store).rows))
+    pair = pair_s(run, store, quick, threads_of(run, worlds[-1]))
+    found = scaled(run, points, pair, site, len(prepare.plan_of(run, store).rows))
     for line in table(found, site):
         say(line)
     verdict = limits(found)
@@ -106,9 +107,14 @@ def batches(n: int, world: int) -> list[int]:
     return [n, half] if half >= max(2, world) else [n]
 
 
-def pair_s(run: RunConfig, store: Store, quick: bool) -> float:
+def pair_s(run: RunConfig, store: Store, quick: bool, threads: int) -> float:
     """Seconds of a pair of subjects in the loss, from batches far larger than the recipe's, if that is small."""
-    found = losses(run, store, sorted({run.batch_size, max(512, run.batch_size), 2048}), 0.3 if quick else 1.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)  # as many as a rank has
+    try:
+        found = losses(run, store, sorted({run.batch_size, max(512, run.batch_size), 2048}), 0.3 if quick else 1.0)
+    finally:
+        torch.set_num_threads(before)
     return found.pair_s
 
 
@@ -128,7 +134,7 @@ def scaled(run: RunConfig, points: Sequence[Measured], pair: float, site: Site, 
         gradient_bytes=first.gradient_bytes,
         z_bytes=first.z_bytes,
         zero_stage=run.engine.zero_stage,
-        small=first.small,
+        small=points[-1].small,
         ring=first.device == "cpu",
         inner=inner if most > 1 else network,
         network=network,
@@ -139,6 +145,12 @@ def scaled(run: RunConfig, points: Sequence[Measured], pair: float, site: Site, 
     held = [error(fit(here, _points(few)), point) for point in _points(points) if point.world == most] if few else []
     fitted = fit(here, _points(points))
     model = replace(model, fixed=fitted.fixed, each=fitted.each)
+    if not (model.fixed or model.each or model.pair):
+        raise BadInput(
+            "communication alone is longer than the measured steps",
+            wanted="steps with work in them",
+            do="measure on one rank too, on a quiet machine",
+        )
     share, seen = -(-run.batch_size // most), run.epochs * scans
     return Scaled(
         run=run.name,
@@ -147,7 +159,7 @@ def scaled(run: RunConfig, points: Sequence[Measured], pair: float, site: Site, 
         model=model,
         errors=tuple(error(fitted, point) for point in _points(points)),
         held_out=max(held, key=abs) if held else None,
-        told=site.gbits is not None,
+        told=site.gbits is not None and site.latency_us is not None,
         weak=tuple(project(model, world, share * world, seen, site.price) for world in WORLDS),
         strong=tuple(
             project(model, world, run.batch_size, seen, site.price, run.batch_size)

@@ -1,6 +1,7 @@
 """`cauc`: from scans to a store, a trained encoder and its probes. No torch or zarr before a command needs them."""
 
 import os
+import select
 import signal
 import sys
 import textwrap
@@ -46,14 +47,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with voice.speaking(arguments) as rest:
             return _run(rest)
     except KeyboardInterrupt:
-        again = next((AGAIN[word] for word in arguments if word in AGAIN), "Nothing is left half-written")
+        command = next((word for word in arguments if not word.startswith("-")), "")
+        again = AGAIN.get(command, "The same command begins anew")
         print(f"interrupted. {again}.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read the output, `head` for one, has enough
+    except BrokenPipeError as error:
+        if not _read_enough():
+            return voice.explain(error, debug)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
         return voice.explain(error, debug)
+
+
+def _read_enough() -> bool:
+    """Whether it is stdout that nobody reads any more: `head`, for one, had what it wanted."""
+    try:
+        os.write(sys.stdout.fileno(), b"")
+        sys.stdout.flush()
+    except (BrokenPipeError, ValueError):
+        return True
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -77,6 +93,7 @@ def _help() -> None:
         return [f"  {name:<15}  {text}" for name, text in table.items()]
 
     console = progress.console()
+    console.quiet = False  # it is what was asked for
     for title, lines in (
         ("usage: cauc COMMAND ...", ["  cauc COMMAND --help says more, with examples", ""]),
         ("commands", [*rows(COMMANDS), ""]),

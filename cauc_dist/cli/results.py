@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
+from cauc_dist import progress
 from cauc_dist.cli import voice
 from cauc_dist.cli.runs import ranks_of
 from cauc_dist.cli.words import parse
@@ -127,13 +129,17 @@ def embed(arguments: Sequence[str]) -> int:
 
     world = World.from_env()
     ranks = ranks_of(options.ranks, world)
-    voice.say(f"embed: {options.source} -> {options.out}")
+    if world.rank == 0:
+        voice.say(f"embed: {options.source} -> {options.out}")
     chosen = [str(options.source), str(options.out), "--device", options.device]
     chosen += ["--store", options.store] if options.store else []
     from cauc_dist import embed, spawn
 
     if world.world_size > 1:
-        return embed.main(chosen)
+        code = embed.main(chosen)
+        if world.rank == 0:
+            voice.tell(None, {"wrote": options.out if code == 0 else None, "code": code})
+        return code
     embed.check(options.source, options.out, options.store, options.device, ranks)
     code = spawn.start(ranks, *chosen, module="cauc_dist.embed")
     voice.tell(None, {"wrote": options.out if code == 0 else None, "code": code})
@@ -169,11 +175,16 @@ def report(arguments: Sequence[str]) -> int:
 
     table, maps, ids = options.table, options.maps, options.show_ids
     if options.serve:
-        serve(runs, options.host, options.port, voice.say, table=table, maps=maps, show_ids=ids)
+        serve(runs, options.host, options.port, _always, table=table, maps=maps, show_ids=ids)
         return 0
     report(runs, options.out, table, maps=maps, show_ids=ids, say=voice.say)
     voice.tell(f"wrote {options.out}", {"wrote": options.out})
     return 0
+
+
+def _always(line: str) -> None:
+    """Where a page is served, and to whom, is to be known however quiet it is."""
+    print(line, file=sys.stderr if progress.voice() else sys.stdout, flush=True)
 
 
 @dataclass(frozen=True)
@@ -213,4 +224,6 @@ def reproduce(arguments: Sequence[str]) -> int:
     found = reproduce(**asked, say=voice.say)
     if found:
         voice.tell(page.markdown(found), found)
+    else:
+        voice.tell(None, {"manifest": asked["folder"] / "manifest.json"})
     return int(bool(found and found["failed"]))

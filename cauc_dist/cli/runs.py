@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import Positional
 
-from cauc_dist import config
+from cauc_dist import config, progress
 from cauc_dist.cli import voice
 from cauc_dist.cli.words import parse
 from cauc_dist.config import RunConfig
@@ -55,7 +55,13 @@ def _new(arguments: Sequence[str], world: "World") -> tuple[Path, int, int] | No
     from cauc_dist.prepare import prepare
 
     folder = prepare(options.config, ranks, _here(world))
-    voice.say(f"run folder {folder}")
+    news = f"run folder {folder}"
+    if not options.start:
+        voice.tell(news, {"run": folder.absolute()})
+    elif options.config.run is None:  # whose name nobody gave
+        voice.say(news) if progress.voice() == "json" else print(news, flush=True)
+    else:
+        voice.say(news)
     return (folder, ranks, options.config.engine.threads) if options.start else None
 
 
@@ -146,7 +152,7 @@ def _start(ready: Ready) -> int:
     if world.world_size > 1:
         return _be_a_rank(world, ready)
     job = ready(world)
-    if job is None:
+    if job is None:  # --no-start: the folder is the result, and has been told
         return 0
     from cauc_dist import spawn
 

@@ -4,15 +4,13 @@
 wrong. `--debug`: an error with its traceback. They may stand anywhere; ranks that a command starts hear them too.
 """
 
-import dataclasses
-import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tyro
 
@@ -53,22 +51,9 @@ def say(line: str) -> None:
 def tell(text: object, data: object) -> None:
     """The result: `text` for people (None: they know), `data` (numbers, texts, dicts, dataclasses ...) for scripts."""
     if progress.voice() == "json":
-        print(json.dumps(_plain(data), allow_nan=False, default=str), flush=True)
+        print(progress.as_json(data), flush=True)
     elif text is not None:
         print(text, flush=True)
-
-
-def _plain(data: Any) -> Any:
-    """What JSON has: dataclasses as objects, a number that is none as null."""
-    if dataclasses.is_dataclass(data) and not isinstance(data, type):
-        return {field.name: _plain(getattr(data, field.name)) for field in dataclasses.fields(data)}
-    if isinstance(data, Mapping):
-        return {str(key): _plain(value) for key, value in data.items()}
-    if isinstance(data, list | tuple | set | frozenset):
-        return [_plain(each) for each in data]
-    if isinstance(data, float):
-        return data if abs(data) < float("inf") else None
-    return data
 
 
 def explain(error: BaseException, debug: bool = False) -> int:

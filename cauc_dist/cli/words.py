@@ -70,7 +70,7 @@ EXAMPLES = {
 CODES = {
     0: "done",
     1: "a fault that `store verify`, `verify` or `doctor` found, or one of cauc-dist itself",
-    2: "bad input: nothing was begun",
+    2: "bad input, or a file that cannot be read or written",
     3: "a loss that is not a number: stopped, the newest checkpoint holds",
     4: "done, some scans set aside",
     5: "stopped by a signal, after a checkpoint: `cauc resume` goes on",

@@ -84,13 +84,21 @@ def variables(env: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     if "RANK" in env or "WORLD_SIZE" in env:
         yield _explicit(env, there)
     elif "SLURM_STEP_ID" in env or any(name in env for name in MPI_SIZE):
-        how = "SLURM's step" if "SLURM_STEP_ID" in env else "MPI"
-        yield Finding("variables", "ok", f"{how} started this process: runs take their ranks from there")
+        yield _launched(env)
     elif there:
         found = f"{', '.join(there)} set, RANK and WORLD_SIZE not: nothing reads them but, under SLURM, MASTER_PORT"
         yield Finding("variables", "warn", found, f"unset {' '.join(there)}")
     else:
         yield Finding("variables", "ok", "no launcher's variables (RANK, MASTER_ADDR, ...) in this shell")
+
+
+def _launched(env: Mapping[str, str]) -> Finding:
+    how = "SLURM's step" if "SLURM_STEP_ID" in env else "MPI"
+    sizes = [env[name] for name in (*MPI_SIZE, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if env.get(name, "").isdigit()]
+    if sizes and int(sizes[0]) > 1:
+        found = f"{how} started this process as one of {sizes[0]}: a run from a shell here waits for the others"
+        return Finding("variables", "warn", found, "start runs by srun or mpiexec themselves, or with --ntasks 1")
+    return Finding("variables", "ok", f"{how} started this process: runs take their ranks from there")
 
 
 def _explicit(env: Mapping[str, str], there: list[str]) -> Finding:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cauc_dist import config, journal, recipes
+from cauc_dist.provenance import without_secrets
 from cauc_dist.report.hidden import Hidden
 from cauc_dist.report.tags import note, table, text
 
@@ -79,8 +80,24 @@ def _files(name: str, run: Path, hide: Hidden) -> str:
             content = (run / file).read_text(encoding="utf-8", errors="replace")
         except OSError:
             content = "not there"
-        told += f"<h4>{file}</h4><pre>{text(hide.scrub(content))}</pre>"
+        told += f"<h4>{file}</h4><pre>{text(_scrubbed(content, hide))}</pre>"
     return f"<details><summary>{text(name)}: whole configuration and provenance</summary>{told}</details>"
+
+
+def _scrubbed(content: str, hide: Hidden) -> str:
+    """Value by value: escapes of JSON would hide an id from who looks for it."""
+
+    def each(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {hide.scrub(name): each(of) for name, of in value.items()}
+        if isinstance(value, list):
+            return [each(of) for of in value]
+        return hide.scrub(value) if isinstance(value, str) else value
+
+    try:
+        return json.dumps(each(json.loads(content)), indent=1, ensure_ascii=False)
+    except ValueError:
+        return hide.scrub(content)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -112,7 +129,7 @@ def _versions(record: Mapping[str, Any]) -> str:
 SHOWN = {
     "recipe": lambda c, r: _plain(c.get("name", "")),
     "objective": lambda c, r: _plain(flattened(c).get("objective.name", "")),
-    "store": lambda c, r: Path(str(r.get("store", ""))).name,
+    "store": lambda c, r: Path(without_secrets(str(r.get("store", "")))).name,
     "store's fingerprint": lambda c, r: str(r.get("fingerprint", ""))[:16],
     "commit": lambda c, r: _commit(r),
     "machine": lambda c, r: _machine(r),

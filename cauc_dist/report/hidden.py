@@ -3,11 +3,15 @@
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from cauc_dist.provenance import without_secrets
+
 DIGITS = 12
 TOKEN = re.compile(r"[\w.-]+")
+PARTS = re.compile(r"([._-])")
 SHORT_NUMBER = re.compile(r"\d{1,4}")
 
 
@@ -23,6 +27,7 @@ class Hidden:
     known: set[str] = field(default_factory=set, repr=False)
     """Ids of the stores of this page: `scrub` looks for them."""
     _stores: set[str] = field(default_factory=set, init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
     _odd: list[str] = field(default_factory=list, init=False, repr=False)
     """Ids that are not one word, the longest first."""
 
@@ -33,16 +38,18 @@ class Hidden:
 
     def knows(self, store: str, *names: Iterable[str]) -> None:
         """The ids of a store, by its fingerprint: of one that is known already nothing is read."""
-        if store not in self._stores:
-            self._stores.add(store)
-            self.known.update(str(name) for of in names for name in of)
-            self._odd = sorted((n for n in self.known if n and not TOKEN.fullmatch(n)), key=len, reverse=True)
+        with self._lock:  # of the thread that makes maps, and of those that answer
+            if store not in self._stores:
+                self.known |= {str(name) for of in names for name in of}
+                self._odd = sorted((n for n in self.known if n and not TOKEN.fullmatch(n)), key=len, reverse=True)
+                self._stores.add(store)
 
     def scrub(self, text: str) -> str:
-        """The same text with each known id that stands in it as a word of its own hidden.
+        """The same text with each known id in it hidden, also where it is a part of a file's name; URLs lose secrets.
 
         Numbers of up to four digits stay: as ids they are as good as hidden among settings, and could be any of these.
         """
+        text = without_secrets(text)
         if self.show_ids:
             return text
         for name in self._odd:
@@ -50,8 +57,12 @@ class Hidden:
         return TOKEN.sub(lambda found: self._word(found[0]), text)
 
     def _word(self, word: str) -> str:
-        bare = word.split(".")[0]
-        for name in (word, bare, word.rstrip(".")):
-            if name in self.known and not SHORT_NUMBER.fullmatch(name):
-                return self(name) + word[len(name) :]
+        """The longest run of its parts (between `.`, `_` and `-`) that is an id, hidden; then what is left of it."""
+        parts = PARTS.split(word)
+        for length in range(len(parts), 0, -2):
+            for start in range(0, len(parts) - length + 1, 2):
+                name = "".join(parts[start : start + length])
+                if name in self.known and not SHORT_NUMBER.fullmatch(name):
+                    before, after = "".join(parts[:start]), "".join(parts[start + length :])
+                    return self._word(before) + self(name) + self._word(after)
         return word

@@ -261,7 +261,7 @@ function live(text) {
   const next = JSON.parse(text), same = JSON.stringify([next.runs, next.curves, next.planes, next.marks]) === JSON.stringify([data.runs, data.curves, data.planes, data.marks]);
   const mapped = JSON.stringify(next.maps) === JSON.stringify(data.maps);
   for (const [id, html] of Object.entries(next.tables)) {
-    if (told[id] !== undefined && told[id] !== html) document.querySelector(`#${id} .told`).innerHTML = html; // escaped by the server
+    if (told[id] !== html) document.querySelector(`#${id} .told`).innerHTML = html; // escaped by the server
     told[id] = html;
   }
   data = next;

@@ -36,6 +36,9 @@ DRAWN = ("curves", "plane", "map", "weights", "pairs")
 """Sections that the page's script fills."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
+FAILURES = (OSError, ValueError, KeyError, RuntimeError)
+"""Of maps: a training at work may just have dropped what was read, or fill the GPU."""
+
 
 @dataclass(frozen=True)
 class Told:
@@ -80,14 +83,17 @@ class Told:
     def _map(self, run: Path) -> dict[str, Any]:
         try:
             return self.maps(run, self.hidden)
-        except (BadInput, OSError) as error:
+        except FAILURES as error:
             return {"why": self.hidden.scrub(str(error))}
 
     def _probes(self, names: Sequence[str]) -> str:
         tables = {str(self.table): self.table} if self.table else {}
         tables = tables or {n: run / "probe.json" for n, run in zip(names, self.runs, strict=True)}
         there = {name: path for name, path in tables.items() if path.exists()}
-        told = [(f"<h3>{text(name)}</h3>" if len(there) > 1 else "") + scores(path) for name, path in there.items()]
+        told = [
+            (f"<h3>{text(name)}</h3>" if len(there) > 1 else "") + scores(path, self.hidden.scrub)
+            for name, path in there.items()
+        ]
         return "".join(told) or note("No probe.json in the runs: `cauc probe RUN` writes it.")
 
 
@@ -127,12 +133,11 @@ def _learn_ids(run: Path, hidden: Hidden) -> None:
 
 def _section(key: str, title: str, told: dict[str, Any]) -> str:
     without = "<noscript><p class=note>Drawn by a script, which this browser does not run.</p></noscript>"
-    inner = f"{without}<div class=drawn></div>" if key in DRAWN else f"<div class=told>{told['tables'][key]}</div>"
-    if key == "map":
-        inner = (
-            "".join(note(f"{n}: {m['why']}") for n, m in zip(told["runs"], told["maps"], strict=True) if "why" in m)
-            + inner
-        )
+    why = ""
+    if key == "map":  # the script draws it anew, once there is a map
+        why = "".join(note(f"{n}: {m['why']}") for n, m in zip(told["runs"], told["maps"], strict=True) if "why" in m)
+    drawn = f"{without}<div class=drawn>{why}</div>"
+    inner = drawn if key in DRAWN else f"<div class=told>{told['tables'][key]}</div>"
     return f"<section id={key}><h2>{title}</h2>{inner}</section>"
 
 

@@ -1,6 +1,7 @@
 """The table of `cauc probe` as HTML: headline and interval in each cell, few labels and geometry below."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ from cauc_dist.report.tags import note, table, text
 GEOMETRY = ("alignment", "uniformity", "conditional_alignment", "conditional_uniformity", "effective_rank")
 
 
-def scores(path: Path) -> str:
-    """All that the file holds; BadInput where it is no table."""
+def scores(path: Path, scrub: Callable[[str], str] = str) -> str:
+    """All that the file holds, its methods (names of runs) by `scrub`; BadInput where it is no table."""
     try:
         found = json.loads(path.read_bytes())
+        for part in ("scores", "few", "geometry"):
+            if part in found:
+                found[part] = {scrub(method): of for method, of in found[part].items()}
         return _headlines(found) + _few(found) + _geometry(found)
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise BadInput(f"{path} is no table ({error})", wanted="what `cauc probe` wrote", do="probe again") from None
@@ -31,8 +35,8 @@ def _headlines(found: dict[str, Any]) -> str:
     for method, of in found["scores"].items():
         rows.append(f"<tr><th scope=row>{text(method)}</th>{''.join(_cell(of[c]) for c in columns)}</tr>")
     told = (
-        f"{found['n_train']} subjects to fit the probes, {found['n_test']} held out from training and probes; "
-        "[95 % bootstrap interval over held-out subjects]. Chance: the training median, or one over the classes. "
+        f"{found['n_train']} scans to fit the probes, {found['n_test']} held out from training and probes; "
+        "[95 % bootstrap interval over held-out scans]. Chance: the training median, or one over the classes. "
         "MAE: lower is better; balanced acc.: higher is."
     )
     body = f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"

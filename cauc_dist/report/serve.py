@@ -2,6 +2,7 @@
 
 import ipaddress
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,6 @@ from cauc_dist.report.page import POLICY, Told, block, html
 
 LOOK = 5.0
 """Seconds between two looks for a newer checkpoint."""
-
-FAILURES = (OSError, ValueError, KeyError, RuntimeError)
 
 
 @dataclass
@@ -42,18 +41,22 @@ class Background:
         self._over.set()
 
     def _work(self) -> None:
-        from cauc_dist.report import maps
-
         while not self._over.is_set():
             for run in self.runs:
-                newest = maps.newest(run)
-                if run in self._found and self._found[run][0] == newest:
-                    continue
-                try:
-                    self._found[run] = newest, maps.maps(run, self.hidden, self.say)
-                except FAILURES as error:  # told on the page: a training at work may just have dropped what was read
-                    self._found[run] = newest, {"why": self.hidden.scrub(str(error))}
+                self._look(run)
             self._over.wait(LOOK)
+
+    def _look(self, run: Path) -> None:
+        """Make the maps of a run that has a newer checkpoint, or whose last ones failed."""
+        newest = ""
+        try:
+            from cauc_dist.report import maps
+
+            newest = maps.newest(run)
+            if run not in self._found or self._found[run][0] != newest or "why" in self._found[run][1]:
+                self._found[run] = newest, maps.maps(run, self.hidden, self.say)
+        except Exception as error:  # told on the page, tried again: the thread is to live as long as the server
+            self._found[run] = newest, {"why": self.hidden.scrub(str(error))}
 
 
 def _left_out(run: Path, hidden: Hidden) -> dict[str, Any]:
@@ -71,6 +74,11 @@ class Server(ThreadingHTTPServer):
         self.told = told
         self.loopback = is_loopback(address[0])
         self.reading = threading.Lock()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that went away while it was answered is no news."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
@@ -96,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             with self.server.reading:
                 found = told.gather()
-        except (BadInput, OSError) as error:
+        except Exception as error:
             self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, explain=told.hidden.scrub(str(error)))
             return
         body = html(found).encode() if page else block(found)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cauc_dist.errors import BadInput, nearest
+from cauc_dist.provenance import without_secrets
 from cauc_dist.store import layout
 from cauc_dist.store.chunks import Rows, open_rows, rows_a_file, shard_name, whole
 from cauc_dist.store.files import Files, is_remote, open_files
@@ -79,7 +80,8 @@ class Store:
 
     @property
     def name(self) -> str:
-        return self.where.rstrip("/").rsplit("/", 1)[-1]
+        """The last part of where it is; of a URL without its query, which may be a signature."""
+        return without_secrets(self.where).rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def layout(self) -> Layout:

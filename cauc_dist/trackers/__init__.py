@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from textwrap import shorten
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from cauc_dist.config import RunConfig
 from cauc_dist.errors import BadInput
 from cauc_dist.journal import Journal
+from cauc_dist.provenance import without_secrets
 from cauc_dist.trackers.tracker import End, Point, Setting, Tracker
 
 BEHIND = 10_000
@@ -61,11 +61,7 @@ def _setting(value: object) -> Setting:
         return value
     if isinstance(value, (list, tuple)):
         return json.dumps([_setting(item) for item in value])
-    text = str(value)
-    if "://" not in text:
-        return text
-    url = urlsplit(text)  # a signed URL, or one with a password, opens a store to whoever reads it
-    return urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))
+    return without_secrets(str(value))
 
 
 def numbers(record: Mapping[str, object]) -> dict[str, float]:
@@ -105,23 +101,23 @@ class Trackers:
     def close(self, end: End) -> None:
         """Wait until all is written, `PATIENCE` s in all. Again, it does nothing; left open, a run has failed."""
         deadline = time.monotonic() + PATIENCE
-        for working in self._working.values():
+        last, self._working = self._working, {}
+        for working in last.values():
             working.end(end)
-        for name, working in list(self._working.items()):
+        for name, working in last.items():
             with self._guarded(name):
                 working.join(deadline)
-        self._working = {}
 
     @contextmanager
     def _guarded(self, name: str) -> Iterator[None]:
         """An exception of a tracker is its own end, not the run's."""
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._working.pop(name, None)
             self._lost(name, error)
 
-    def _lost(self, name: str, error: Exception) -> None:
+    def _lost(self, name: str, error: BaseException) -> None:
         message = shorten(f"{type(error).__name__}: {error}", 300)
         with suppress(BadInput):  # a journal without room says so in its own next line, not instead of another error
             self._journal.write("tracker_lost", tracker=name, message=message)
@@ -140,7 +136,7 @@ class Behind:
     def __init__(self, name: str, tracker: Tracker) -> None:
         self._tracker = tracker
         self._queue: queue.Queue[Point | End] = queue.Queue(BEHIND)
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name=f"cauc-{name}", daemon=True)
         self._thread.start()
 
@@ -180,7 +176,7 @@ class Behind:
                 if not isinstance(taken[-1], Point):
                     self._tracker.close(taken[-1])
                     return
-        except Exception as error:  # raised again where the run's own thread tells of it
+        except BaseException as error:  # raised again where the run's own thread tells of it
             self._error = error
 
 

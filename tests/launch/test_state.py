@@ -54,6 +54,7 @@ QUEUED: dict[str, tuple[str, str, tuple[str, ...] | None, str, str]] = {
         *("COMPLETING", "None", STOPPED),
         *("REQUEUED", "stopped, newest checkpoint step-00000007"),
     ),
+    "told of its end by SLURM it runs on": ("SIGNALING", "None", (), "RUNNING", ""),
     "completing without a verdict it is not over": ("COMPLETING", "None", (), "COMPLETING", ""),
     "completing after the last step it is not over": ("COMPLETING", "None", ("done",), "COMPLETING", ""),
     "completing and given up it is not over": ("COMPLETING", "None", GIVEN_UP, "COMPLETING", ""),

@@ -61,6 +61,7 @@ def test_the_plain_scripts_train_as_local_ranks_and_go_on_when_their_time_is_ove
     """By srun as a new job, there being no scontrol, by mpirun as the same one, once the lock of its run is free."""
     by_srun, by_mpirun = prepared(cluster, "by srun", 4), prepared(cluster, "by mpirun", 4)
     path = f"{sys.prefix}/bin:{cluster.without_scontrol()}"
+    cluster.slow()  # 60 steps are to last longer than it takes both to begin
     first_job = queued(cluster, "train-srun", by_srun, nodes=2, ranks=2, PATH=path)
     job = queued(cluster, "train-mpirun", by_mpirun, nodes=2, ranks=2)
     for run in (by_srun, by_mpirun):
@@ -68,6 +69,7 @@ def test_the_plain_scripts_train_as_local_ranks_and_go_on_when_their_time_is_ove
     cluster.run("scancel", "--signal=USR2", first_job)  # as SLURM does 120 s before the end: --signal=USR2@120
     cluster.run("scancel", "--batch", "--signal=USR2", job)  # ... --signal=B:USR2@120
     wait_for(lambda: verdicts(by_mpirun), 60, lambda: told(by_mpirun))
+    cluster.slow("none")
     with (by_mpirun / "lock").open() as lock:  # as a rank 0 would that lives on, on a node that was cut off
         fcntl.flock(lock, fcntl.LOCK_EX)
         wait_for(lambda: has_open(by_mpirun / "lock"), 60, lambda: told(by_mpirun))
