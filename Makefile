@@ -15,7 +15,8 @@ demo: $(READY)  ## the whole chain on a synthetic cohort, about three minutes
 ON_CLUSTERS := -n 2 --dist loadfile tests/slurm
 
 test: $(READY) $(VENV)/triton  ## the whole test suite
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slurm and not demo"
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slurm and not demo and not alone"
+	$(BIN)/python -m pytest -m alone
 	$(BIN)/python -m pytest $(ON_CLUSTERS) -m slurm
 
 # What a cluster of slurm/cluster needs; installed where that may be, else pytest and the demo say what is missing.

@@ -31,6 +31,11 @@ def console() -> Console:
     return Console(file=file, quiet=voice() == "quiet", highlight=False, soft_wrap=True)
 
 
+def say(line: str) -> None:
+    """News on the way."""
+    console().print(line, markup=False)
+
+
 def as_json(data: Any) -> str:
     """A result for scripts: dataclasses as objects, paths as texts, a number that is none as null."""
     return json.dumps(_plain(data), allow_nan=False)

@@ -30,7 +30,7 @@ from cauc_dist.errors import BAD_INPUT, LOST, NON_FINITE, STOPPED, BadInput
 from cauc_dist.journal import Journal, begun
 from cauc_dist.objective import Objective
 from cauc_dist.prepare import check_store, load, plan_of, stage_folder
-from cauc_dist.progress import Progress, console
+from cauc_dist.progress import Progress, say
 from cauc_dist.spawn import leave
 from cauc_dist.store.reader import Store
 from cauc_dist.store.stage import stage
@@ -320,11 +320,7 @@ def open_store(run: RunConfig, *, quiet: bool) -> Store:
     """The run's store, or its copy on this node's disk; the first rank there makes it, the others wait."""
     if run.data.stage is None:
         return Store.open(run.data.store)
-    return Store.open(stage(run.data.store, stage_folder(run), say=_nothing if quiet else _news))
-
-
-def _news(line: str) -> None:
-    console().print(line, markup=False)
+    return Store.open(stage(run.data.store, stage_folder(run), say=_nothing if quiet else say))
 
 
 def _nothing(line: str) -> None:

@@ -13,7 +13,7 @@ import tyro
 from tyro.conf import Positional
 
 from cauc_dist.cli import data, voice
-from cauc_dist.cli.runs import recipe_of
+from cauc_dist.cli.runs import recipe_first
 from cauc_dist.config import RunConfig
 from cauc_dist.errors import BadInput, nearest
 from launch import site as sites
@@ -89,7 +89,7 @@ class Submit:
 
 
 def _submit(arguments: Sequence[str]) -> int:
-    recipe, options = _recipe("submit", arguments)
+    recipe, options = recipe_first("launch submit", arguments)
     default = Submit(recipe, sites.read(_named("site", options)).resources)
     asked = _parse(Submit, "submit", options, default)
     from launch.submit import submit
@@ -153,7 +153,7 @@ def _sweep(arguments: Sequence[str]) -> int:
         asked = _parse(Listed, "sweep", arguments, default)
         members, folder = sweep.listed(asked.manifest), asked.run
     else:
-        recipe, options = _recipe("sweep", arguments)
+        recipe, options = recipe_first("launch sweep", arguments)
         asked = _parse(Sweep, "sweep", options, Sweep(config=recipe, resources=resources))
         members = sweep.grid(arguments[0], asked.config, asked.grid, asked.seeds)
         folder = asked.config.run or Path("runs") / f"{asked.config.name}-sweep"
@@ -304,19 +304,6 @@ def _resume(arguments: Sequence[str]) -> int:
     asked = _parse(Resume, "resume", arguments, Resume(run, last.resources))
     resume.resume(run, asked.resources, last.site, say=voice.say)
     return 0
-
-
-def _recipe(command: str, arguments: Sequence[str]) -> tuple[RunConfig, Sequence[str]]:
-    """The recipe that comes first, and what comes after it."""
-    from cauc_dist import recipes
-
-    if not arguments or arguments[0].startswith("-"):
-        if not {"-h", "--help"} & set(arguments):
-            raise BadInput(
-                f"`launch {command}` without a recipe", wanted=" or ".join(recipes.recipes()), do="name one of them"
-            )
-        arguments = ["demo_cauc", "--help"]
-    return recipe_of(arguments[0]), arguments[1:]
 
 
 def _named(name: str, options: Sequence[str]) -> str | None:

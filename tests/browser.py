@@ -54,9 +54,11 @@ def ask(page: Path, script: str, *, width: int = 1280, dark: bool = False, runs:
     return Seen(json.loads(html.unescape(title[1])), complaints(done.stderr))
 
 
-def opened(url: str, folder: Path, *, dark: bool = False, wait: int = 2000) -> subprocess.CompletedProcess[str]:
+def opened(
+    url: str, folder: Path, *, dark: bool = False, wait: int = 2000, window: str = "1300,1000"
+) -> subprocess.CompletedProcess[str]:
     """stdout: the document after `wait` ms of the page's own time; stderr: the console among other things."""
-    command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,1000", "--dump-dom"]
+    command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={window}", "--dump-dom"]
     command += ["--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", f"--virtual-time-budget={wait}"]
     command += ["--blink-settings=preferredColorScheme=0"] if dark else []
     return subprocess.run([*command, url], capture_output=True, text=True, timeout=110, check=True)

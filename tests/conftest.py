@@ -36,6 +36,26 @@ def store(cohort: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 40 subjects with 24 features and an age, all at random."""
+    import numpy as np
+
+    from cauc_dist.store.ingest import from_arrays
+    from cauc_dist.store.layout import Column
+
+    draw, where = np.random.default_rng(0), tmp_path_factory.mktemp("store") / "table.zarr"
+    from_arrays(
+        where,
+        list(draw.standard_normal((40, 24)).astype(np.float32)),
+        [f"sub-{i:02}" for i in range(40)],
+        shape=(24,),
+        columns=(Column("age", "number"),),
+        metadata=(draw.uniform(20, 80, 40),),
+    )
+    return where
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     modules = {id(item.module): item.module for item in session.items if isinstance(item, pytest.Function)}
     if any(_forks(module) for module in modules.values()):

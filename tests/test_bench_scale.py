@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from cauc_dist import config, recipes
@@ -20,32 +19,20 @@ from cauc_dist.bench.projection import Link, Model, Point, Site, error, project
 from cauc_dist.bench.rank import Measured
 from cauc_dist.config import RunConfig
 from cauc_dist.errors import BadInput
-from cauc_dist.store.ingest import from_arrays
-from cauc_dist.store.layout import Column
 
 FEATURES, N = 24, 16
 MBIT = 1e6 / 8
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def run(table: Path) -> RunConfig:
     """A wide MLP for a table of 40 subjects: little arithmetic, 2 MB of gradient."""
-    draw, where = np.random.default_rng(0), tmp_path_factory.mktemp("store") / "table.zarr"
-    from_arrays(
-        where,
-        list(draw.standard_normal((40, FEATURES)).astype(np.float32)),
-        [f"sub-{i:02}" for i in range(40)],
-        shape=(FEATURES,),
-        dtype="f32",
-        columns=(Column("age", "number"),),
-        metadata=(draw.uniform(20, 80, 40),),
-    )
     run = recipes.get("demo_cauc")
     return replace(
         run,
         name="table",
         batch_size=N,
-        data=config.Data(store=str(where), folds=1, normalise="dataset", threads=1),
+        data=config.Data(store=str(table), folds=1, normalise="dataset", threads=1),
         augment=config.Augment(p_intensity=0.0, p_blur=0.0),
         encoder=config.Encoder(name="mlp", width=384),
         engine=replace(run.engine, device="cpu"),
@@ -106,6 +93,7 @@ def on_hosts(pids: list[int], run: RunConfig, folder: Path) -> Measured:
     return found
 
 
+@pytest.mark.alone
 def test_a_projection_from_one_rank_holds_on_two_hosts_with_a_limited_link(run: RunConfig, tmp_path: Path) -> None:
     """Told the rate of the link, and measured where there is none."""
     alone = step.on_ranks(run, 1, [N, N // 2], 4, 1)

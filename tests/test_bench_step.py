@@ -8,10 +8,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
+from benchmarks.step import OWN_NETWORK
 from cauc_dist import config, encoders, recipes
 from cauc_dist.bench import rank, step
 from cauc_dist.bench.clock import PARTS, Clock
@@ -19,32 +19,19 @@ from cauc_dist.bench.projection import Link, Model
 from cauc_dist.bench.rank import Measured
 from cauc_dist.config import RunConfig
 from cauc_dist.errors import BadInput
-from cauc_dist.store.ingest import from_arrays
-from cauc_dist.store.layout import Column
 
-OWN_NETWORK = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
 FEATURES, WIDTH, N = 24, 48, 24
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def run(table: Path) -> RunConfig:
     """A recipe for a table of 40 subjects: an MLP, whose arithmetic is a closed form."""
-    draw, where = np.random.default_rng(0), tmp_path_factory.mktemp("store") / "table.zarr"
-    from_arrays(
-        where,
-        list(draw.standard_normal((40, FEATURES)).astype(np.float32)),
-        [f"sub-{i:02}" for i in range(40)],
-        shape=(FEATURES,),
-        dtype="f32",
-        columns=(Column("age", "number"),),
-        metadata=(draw.uniform(20, 80, 40),),
-    )
     run = recipes.get("demo_cauc")
     return replace(
         run,
         name="table",
         batch_size=N,
-        data=config.Data(store=str(where), folds=1, normalise="dataset"),
+        data=config.Data(store=str(table), folds=1, normalise="dataset"),
         augment=config.Augment(p_intensity=0.0, p_blur=0.0),
         encoder=config.Encoder(name="mlp", width=WIDTH, norm="batch"),
         engine=replace(run.engine, device="cpu"),

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def refused(arguments: list[str], place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def refused(
+    arguments: list[str],
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    program: Callable[[list[str]], int] = main,
+) -> None:
     """Run it: exit code 2, told in the words of BadInput or of the parser, and nothing is written."""
     before = tree(place)
     try:
-        code: Any = main(arguments)
+        code: Any = program(arguments)
     except SystemExit as end:
         code = end.code
     told = capsys.readouterr()

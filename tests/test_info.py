@@ -4,8 +4,6 @@ import base64
 import json
 import os
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from cauc_dist.store.append import append
 from cauc_dist.store.ingest import from_arrays, ingest
 from cauc_dist.store.layout import Column
 from cauc_dist.store.reader import Store
+from tests.browser import opened
 from tests.store import cohorts
 
 HOSTILE = "<script>document.title='taken'</script>\"'&\x1b[31m\n"
@@ -258,18 +257,12 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_browser_shows_the_page_and_runs_nothing_of_it(tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        lacking = pytest.fail if "CI" in os.environ else pytest.skip
-        lacking("FOR LACK OF A BROWSER the page was not opened in one: apt-get install chromium")
     page(hostile(tmp_path / "s.zarr"), tmp_path / "page.html", montage=True, say=print)
     script = "<script>document.title=JSON.stringify([document.title, [...document.images].filter(i=>i.naturalWidth>99)"
     script += ".length, [...document.querySelectorAll('rect')].filter(r=>r.getBoundingClientRect().height>1).length,"
     script += "document.documentElement.scrollWidth<=innerWidth])</script>"
     (tmp_path / "asked.html").write_text((tmp_path / "page.html").read_text() + script)
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,800", "--dump-dom"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "asked.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = opened((tmp_path / "asked.html").as_uri(), tmp_path, window="1000,800")
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title is not None
     # two bars of two values, two of two levels; all twelve pictures; nothing wider than the window

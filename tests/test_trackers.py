@@ -313,38 +313,34 @@ class Hangs:
         pass
 
 
+def hung_for(steps: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is said of a tracker that hangs through so many steps of a run."""
+    hung, said = Hangs(), list[str]()
+    with_tensorboard_as(monkeypatch, hung)
+    with (
+        Journal(folder) as events,
+        trackers.Trackers(config(folder, Trackers()), events, said.append, quiet=False) as live,
+    ):
+        live.start(0)
+        for step in range(steps):
+            live.step(step, 0, {"loss": 1.0})
+        live.close("finished")
+    hung.free.set()
+    return said
+
+
 def test_a_tracker_that_hangs_delays_no_step_and_the_end_by_its_patience_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hung, said = Hangs(), []
-    with_tensorboard_as(monkeypatch, hung)
     monkeypatch.setattr(trackers, "PATIENCE", 0.2)
-    with (
-        Journal(tmp_path) as events,
-        trackers.Trackers(config(tmp_path, Trackers()), events, said.append, quiet=False) as live,
-    ):
-        live.start(0)
-        for step in range(1000):
-            live.step(step, 0, {"loss": 1.0})
-        live.close("finished")
+    said = hung_for(1000, tmp_path, monkeypatch)
     assert said == ["tensorboard is told no more, the run goes on without (TimeoutError: not done 0 s after the end)"]
-    hung.free.set()
 
 
 def test_a_tracker_that_falls_far_behind_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hung, said = Hangs(), []
-    with_tensorboard_as(monkeypatch, hung)
     monkeypatch.setattr(trackers, "BEHIND", 8)
-    with (
-        Journal(tmp_path) as events,
-        trackers.Trackers(config(tmp_path, Trackers()), events, said.append, quiet=False) as live,
-    ):
-        live.start(0)
-        for step in range(20):
-            live.step(step, 0, {"loss": 1.0})
-        live.close("finished")
+    hung_for(20, tmp_path, monkeypatch)
     assert lost(tmp_path) == [("tensorboard", "BlockingIOError: 8 steps late")]
-    hung.free.set()
 
 
 def test_a_folder_that_cannot_be_written_ends_tensorboard_and_not_the_run(tmp_path: Path) -> None:

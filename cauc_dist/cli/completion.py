@@ -57,8 +57,8 @@ _cauc() {{
   elif [[ $COMP_CWORD == 2 && ${{COMP_WORDS[1]}} == train && $word != -* ]]; then words="{recipes}"
   elif [[ $COMP_CWORD == 2 && ${{COMP_WORDS[1]}} == reproduce && $word != -* ]]; then words="{studies}"
   elif [[ $word != -* ]]; then words=; fi
-  mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")
-  [[ $COMP_CWORD == 1 || $word == -* ]] || mapfile -t -O "${{#COMPREPLY[@]}}" COMPREPLY < <(compgen -f -- "$word")
+  {take}
+  [[ $COMP_CWORD == 1 || $word == -* ]] || {add}
 }}
 complete -o filenames -F _cauc cauc
 """
@@ -97,24 +97,26 @@ def _options() -> dict[str, list[str]]:
 
 def bash() -> str:
     """For bash 4 or later."""
+    words = 'mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")'
+    return _script(words, 'mapfile -t -O "${#COMPREPLY[@]}" COMPREPLY < <(compgen -f -- "$word")')
+
+
+def zsh() -> str:
+    """The same: zsh reads bash's words, but has no mapfile."""
+    words = 'COMPREPLY=($(compgen -W "$words" -- "$word"))'
+    return "autoload -U +X bashcompinit && bashcompinit\n" + _script(words, 'COMPREPLY+=($(compgen -f -- "$word"))')
+
+
+def _script(take: str, add: str) -> str:
+    """`take` the words that fit, `add` the files."""
     from cauc_dist.recipes import recipes
     from cauc_dist.studies import studies
 
     cases = "\n".join(f'    "{command}") words="{" ".join(words)}" ;;' for command, words in _options().items())
     lists: dict[str, Iterable[str]] = {"commands": COMMANDS, "store": STORE, "bench": BENCH}
     lists |= {"recipes": recipes(), "studies": studies()}
-    return BASH.format(cases=cases, **{name: " ".join(words) for name, words in lists.items()})
-
-
-def zsh() -> str:
-    """The same: zsh reads bash's words, but has no mapfile."""
-    body = bash().replace(
-        'mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")', 'COMPREPLY=($(compgen -W "$words" -- "$word"))'
-    )
-    files = 'mapfile -t -O "${#COMPREPLY[@]}" COMPREPLY < <(compgen -f -- "$word")'
-    return "autoload -U +X bashcompinit && bashcompinit\n" + body.replace(
-        files, 'COMPREPLY+=($(compgen -f -- "$word"))'
-    )
+    told = {name: " ".join(words) for name, words in lists.items()}
+    return BASH.format(cases=cases, take=take, add=add, **told)
 
 
 def fish() -> str:

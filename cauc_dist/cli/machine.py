@@ -13,10 +13,9 @@ from tyro.conf import Positional
 from cauc_dist import progress
 from cauc_dist.bench.projection import Site
 from cauc_dist.cli import voice
-from cauc_dist.cli.runs import recipe_of
+from cauc_dist.cli.runs import recipe_first
 from cauc_dist.cli.words import BENCH, parse
 from cauc_dist.config import RunConfig
-from cauc_dist.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def _data(arguments: Sequence[str]) -> int:
     voice.writable(options.out)
     from cauc_dist.bench import reading
 
-    how: Measured = {"threads": options.threads, "quick": options.quick, "out": options.out, "say": _result}
+    how: Measured = {"threads": options.threads, "quick": options.quick, "out": options.out, "say": voice.result}
     if options.store is None or options.made:
         return reading.data(options.store, options.made, **how)
     voice.tell(None, reading.read(options.store, **how))
@@ -79,7 +78,7 @@ def _loss(arguments: Sequence[str]) -> int:
     options = _of_recipe(BenchLoss, "loss", arguments)
     from cauc_dist.bench.pairs import loss
 
-    voice.tell(None, loss(options.config, quick=options.quick, out=options.out, say=_result))
+    voice.tell(None, loss(options.config, quick=options.quick, out=options.out, say=voice.result))
     return 0
 
 
@@ -88,7 +87,7 @@ def _step(arguments: Sequence[str]) -> int:
     voice.at_least_one(ranks=options.ranks)
     from cauc_dist.bench.step import step
 
-    voice.tell(None, step(options.config, options.ranks, quick=options.quick, out=options.out, say=_result))
+    voice.tell(None, step(options.config, options.ranks, quick=options.quick, out=options.out, say=voice.result))
     return 0
 
 
@@ -96,7 +95,7 @@ def _scale(arguments: Sequence[str]) -> int:
     options = _of_recipe(BenchScale, "scale", arguments)
     from cauc_dist.bench.scale import scale
 
-    how: Measured = {"quick": options.quick, "out": options.out, "say": _result}
+    how: Measured = {"quick": options.quick, "out": options.out, "say": voice.result}
     voice.tell(None, scale(options.config, ranks=options.ranks, site=options.site, **how))
     return 0
 
@@ -107,22 +106,11 @@ T = TypeVar("T", BenchLoss, BenchStep, BenchScale)
 
 def _of_recipe(kind: type[T], name: str, arguments: Sequence[str]) -> T:
     """Options after a recipe's name (or a config.json), with its fields."""
-    if not arguments or arguments[0].startswith("-"):
-        if not {"-h", "--help"} & set(arguments):
-            do = f"e.g. cauc bench {name} demo_cauc --data.store STORE"
-            raise BadInput(f"`cauc bench {name}` without a recipe", wanted="a recipe or a config.json", do=do)
-        arguments = ["demo_cauc", "--help"]
-    options = parse(kind, f"bench {name}", arguments[1:], default=kind(config=recipe_of(arguments[0])))
+    do = f"e.g. cauc bench {name} demo_cauc --data.store STORE"
+    recipe, rest = recipe_first(f"cauc bench {name}", arguments, wanted="a recipe or a config.json", do=do)
+    options = parse(kind, f"bench {name}", rest, default=kind(config=recipe))
     voice.writable(options.out)
     return options
-
-
-def _result(line: str) -> None:
-    """What these commands say is their result."""
-    if progress.voice() == "json":
-        voice.say(line)
-    else:
-        print(line, flush=True)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import Positional
 
-from cauc_dist import config, progress
+from cauc_dist import config
 from cauc_dist.cli import voice
 from cauc_dist.cli.words import parse
 from cauc_dist.config import RunConfig
@@ -37,19 +37,11 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def _new(arguments: Sequence[str], world: "World") -> tuple[Path, int, int] | None:
-    from cauc_dist import recipes
-
-    if not arguments or arguments[0].startswith("-"):
-        if not {"-h", "--help"} & set(arguments):
-            raise BadInput(
-                "`cauc train` without a recipe", wanted=" or ".join(recipes.recipes()), do="name one of them"
-            )
-        arguments = ["demo_cauc", "--help"]  # every recipe has the same fields; these are the values of one
-    base = recipe_of(arguments[0])
-    options = parse(Train, "train", arguments[1:], default=Train(base))
+    base, rest = recipe_first("cauc train", arguments)
+    options = parse(Train, "train", rest, default=Train(base))
     if options.preset is not None:
         base = dataclasses.replace(base, augment=preset_of(options.preset))
-        options = parse(Train, "train", arguments[1:], default=Train(base))
+        options = parse(Train, "train", rest, default=Train(base))
     ranks = ranks_of(options.ranks, world)
     voice.say(f"{options.config.name}: checking {options.config.data.store or 'its store'}")
     from cauc_dist.prepare import prepare
@@ -59,10 +51,27 @@ def _new(arguments: Sequence[str], world: "World") -> tuple[Path, int, int] | No
     if not options.start:
         voice.tell(news, {"run": folder.absolute()})
     elif options.config.run is None:  # whose name nobody gave
-        voice.say(news) if progress.voice() == "json" else print(news, flush=True)
+        voice.result(news)
     else:
         voice.say(news)
     return (folder, ranks, options.config.engine.threads) if options.start else None
+
+
+def recipe_first(
+    command: str, arguments: Sequence[str], *, wanted: str | None = None, do: str = "name one of them"
+) -> tuple[RunConfig, Sequence[str]]:
+    """The recipe (or config.json) that comes first, and what comes after it; BadInput where there is none.
+
+    --help alone is that of one recipe: all have the same fields, and these are its values.
+    """
+    from cauc_dist import recipes
+
+    if not arguments or arguments[0].startswith("-"):
+        if not {"-h", "--help"} & set(arguments):
+            found = f"`{command}` without a recipe"
+            raise BadInput(found, wanted=wanted or " or ".join(recipes.recipes()), do=do)
+        arguments = ["demo_cauc", "--help"]
+    return recipe_of(arguments[0]), arguments[1:]
 
 
 def recipe_of(name: str) -> RunConfig:

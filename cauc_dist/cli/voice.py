@@ -24,6 +24,7 @@ FLAGS = {
 }
 INTERNAL = 1
 T = TypeVar("T")
+say = progress.say
 
 
 @contextmanager
@@ -43,9 +44,12 @@ def speaking(arguments: Sequence[str]) -> Iterator[list[str]]:
             os.environ[progress.VOICE] = before
 
 
-def say(line: str) -> None:
-    """News on the way."""
-    progress.console().print(line, markup=False)
+def result(line: str) -> None:
+    """A line that is told however quiet it is; under --json the document alone is on stdout."""
+    if progress.voice() == "json":
+        say(line)
+    else:
+        print(line, flush=True)
 
 
 def tell(text: object, data: object) -> None:

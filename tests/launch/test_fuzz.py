@@ -2,13 +2,12 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from launch.cli import COMMANDS, main
 from launch.site import Resources
-from tests.test_cli_fuzz import tree
+from tests import test_cli_fuzz as fuzz
 
 NONSENSE = ("nonsense", "-1", "nan", "", "{}", "99999999999999999999")
 
@@ -26,16 +25,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refused(arguments: list[str], place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = tree(place)
-    try:
-        code: Any = main(arguments)
-    except SystemExit as end:
-        code = end.code
-    told = capsys.readouterr().err
-    assert code == 2, (code, told)
-    assert "Traceback" not in told
-    assert "For full helptext" in told or "; wanted " in told or "Check the path" in told, told
-    assert tree(place) == before
+    fuzz.refused(arguments, place, capsys, main)
 
 
 @pytest.mark.parametrize("what", ["nothing", "empty", "binary", "\0", "é" * 300])
